@@ -1,0 +1,217 @@
+"""Builds the embedded captioned pictures (domains/image/assets/fluent) from three pinned npm packages.
+
+Maintainers run it; users never do, since its output is committed: one lossless RGBA sheet, captions.json, LICENSES.md.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+ASSETS = Path(__file__).parent / "assets" / "fluent"
+SIZES = (32, 64)
+EVAL_COUNT = 256
+
+
+@dataclass(frozen=True)
+class Source:
+    """One npm package, pinned by version and by the SHA-256 of its tarball."""
+
+    name: str
+    version: str
+    sha256: str
+    copyright: str
+
+    @property
+    def spec(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+ART = Source(
+    "@lobehub/fluent-emoji-3d",
+    "1.1.0",
+    "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
+    "Copyright (c) 2023 LobeHub (pictures: Fluent Emoji, Copyright (c) Microsoft Corporation, MIT)",
+)
+NAMES = Source(
+    "unicode-emoji-json",
+    "0.9.0",
+    "ae7efacb55533385bf8767d613dbd36c71226669759d95919a6e9059f5e4c401",
+    "Copyright (c) 2019 Mu-An Chiou",
+)
+KEYWORDS = Source(
+    "emojilib",
+    "4.0.3",
+    "7f9a6b43cff31d18985b7d65d11faba5bd971cbcc60020cf6d09322fbaaaf303",
+    "Copyright (c) 2014 Mu-An Chiou",
+)
+SOURCES = (ART, NAMES, KEYWORDS)
+
+MIT = """Permission is hereby granted, free of charge, to any person obtaining a copy
+of this software and associated documentation files (the "Software"), to deal
+in the Software without restriction, including without limitation the rights
+to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
+copies of the Software, and to permit persons to whom the Software is
+furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all
+copies or substantial portions of the Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+SOFTWARE."""
+
+
+def pack(source: Source, folder: Path) -> Path:
+    """Downloads the tarball of one package with `npm pack`."""
+    npm = shutil.which("npm")
+    if npm is None:
+        raise FileNotFoundError("npm is not installed: install Node.js, or give the tarballs with --tarball NAME=PATH")
+    command = [npm, "pack", source.spec, "--silent", "--pack-destination", str(folder)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"npm pack {source.spec} failed: {done.stderr.strip()[-300:]}")
+    return folder / done.stdout.split()[-1]
+
+
+def checked(source: Source, path: Path) -> Path:
+    """Returns the path if the file is the pinned one, else raises."""
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != source.sha256:
+        raise ValueError(f"{path.name} is not {source.spec}: SHA-256 {found[:12]}…, expected {source.sha256[:12]}…")
+    return path
+
+
+def member(path: Path, name: str) -> Any:
+    """Reads one JSON file out of a tarball."""
+    with tarfile.open(path) as tar:
+        file = tar.extractfile(name)
+        assert file is not None
+        return json.loads(file.read())
+
+
+def key(codepoints: str) -> str:
+    """The join key of pictures and names: code points without the variation selector."""
+    return codepoints.replace("-fe0f", "")
+
+
+def pictures(path: Path) -> dict[str, bytes]:
+    """Join key -> WebP bytes; where two files share a key, the one without the variation selector wins."""
+    found: dict[str, bytes] = {}
+    with tarfile.open(path) as tar:
+        entries = sorted((m for m in tar.getmembers() if m.name.endswith(".webp")), key=lambda m: -len(m.name))
+        for entry in entries:
+            file = tar.extractfile(entry)
+            assert file is not None
+            found[key(Path(entry.name).stem)] = file.read()
+    return found
+
+
+def clean_keywords(name: str, words: list[str]) -> list[str]:
+    """Plain lower-case words only (no emoticons, no slug of the name itself), in the given order, each once."""
+    plain = [w.replace("_", " ").strip().lower() for w in words]
+    kept = [w for w in plain if re.fullmatch(r"[a-z][a-z' -]+", w) and w != name.lower()]
+    return list(dict.fromkeys(kept))
+
+
+def entries(tarballs: dict[str, Path], art: dict[str, bytes]) -> list[dict[str, Any]]:
+    """One row for each directly named picture that is no flag, in the order of the names' list."""
+    words = member(tarballs[KEYWORDS.name], "package/dist/emoji-en-US.json")
+    rows = []
+    for char, row in member(tarballs[NAMES.name], "package/data-by-emoji.json").items():
+        code = key("-".join(f"{ord(c):04x}" for c in char))
+        if row["group"] == "Flags" or code not in art:
+            continue
+        keywords = clean_keywords(row["name"], words.get(char, []))
+        rows.append({"codepoints": code, "name": row["name"], "group": row["group"], "keywords": keywords})
+    return rows
+
+
+def shrink(data: bytes, size: int) -> Image.Image:
+    """RGBA WebP of any shape -> centred size x size RGBA, Lanczos on premultiplied alpha, nothing under alpha 0."""
+    picture = Image.open(io.BytesIO(data)).convert("RGBA")
+    side = max(picture.size)
+    square = Image.new("RGBA", (side, side))
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    small = square.convert("RGBa").resize((size, size), Image.Resampling.LANCZOS)
+    return small.convert("RGBA")
+
+
+def sheet(images: list[Image.Image], size: int) -> Image.Image:
+    """Lays the pictures row by row on one near-square sheet."""
+    columns = math.ceil(math.sqrt(len(images)))
+    canvas = Image.new("RGBA", (columns * size, math.ceil(len(images) / columns) * size))
+    for i, image in enumerate(images):
+        canvas.paste(image, (i % columns * size, i // columns * size))
+    return canvas
+
+
+def eval_names(rows: list[dict[str, Any]]) -> list[str]:
+    """A fixed choice of 256 names by hash order, without those that 32 pixels cannot tell apart.
+
+    Left out: gendered variants, clock faces, and the symbols (coloured squares with small signs).
+    """
+    variant = re.compile(r"^(man|woman|men|women|family|couple|kiss|people)\b|o’clock|-thirty|: | facing ", re.IGNORECASE)
+    names = [r["name"] for r in rows if r["group"] != "Symbols" and not variant.search(r["name"])]
+    ranked = sorted(names, key=lambda n: hashlib.sha256(n.encode()).hexdigest())
+    return sorted(ranked[:EVAL_COUNT])
+
+
+def licences() -> str:
+    """The notices of the packages, and what exactly was used."""
+    parts = ["# Licences of the embedded pictures, names and keywords\n"]
+    for s in SOURCES:
+        parts.append(f"## {s.spec} (npm)\n\nMIT License. {s.copyright}\n\nTarball SHA-256: `{s.sha256}`\n")
+    parts.append("Changes: pictures made smaller and laid on one sheet; names, groups and keywords joined and filtered.\n")
+    return "\n".join([*parts, "## The MIT License\n", MIT, ""])
+
+
+def write(rows: list[dict[str, Any]], art: dict[str, bytes], out: Path, size: int) -> None:
+    """Writes the file set."""
+    out.mkdir(parents=True, exist_ok=True)
+    small = [shrink(art[row["codepoints"]], size) for row in rows]
+    sheet(small, size).save(out / f"pictures-{size}.webp", lossless=True, quality=100, method=6, exact=False)
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    chosen = json.dumps(eval_names(rows), ensure_ascii=False)
+    (out / "captions.json").write_text(f'{{"eval_names": {chosen},\n"pictures": [\n{lines}\n]}}\n', encoding="utf-8")
+    (out / "LICENSES.md").write_text(licences(), encoding="utf-8")
+
+
+def build(tarballs: dict[str, Path], out: Path, size: int = 32) -> None:
+    """Makes the embedded set at `size` pixels from tarballs by package name; missing ones are fetched by `npm pack`."""
+    if size not in SIZES:
+        raise ValueError(f"size {size} is not known: choose one of {', '.join(map(str, SIZES))}")
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {s.name: checked(s, tarballs.get(s.name) or pack(s, Path(folder))) for s in SOURCES}
+        art = pictures(paths[ART.name])
+        write(entries(paths, art), art, out, size)
+
+
+def main() -> None:
+    """Command line for maintainers."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ASSETS)
+    parser.add_argument("--size", type=int, default=32, choices=SIZES)
+    parser.add_argument("--tarball", action="append", default=[], metavar="NAME=PATH")
+    args = parser.parse_args()
+    pairs = (item.split("=", 1) for item in args.tarball)
+    build({name: Path(path) for name, path in pairs}, args.out, args.size)
+
+
+if __name__ == "__main__":
+    main()
