@@ -1,0 +1,185 @@
+"""Several processes: who we are, averaging gradients, sharding parameters, starting the processes.
+
+There is no DDP wrapper: DDP hooks one module's forward and expects each of its parameters in every backward, while a
+step here runs several nets whose gradients are switched on and off by phase. So each phase's gradients are averaged in
+one flat all-reduce after its backward, and `fully_shard` is called by us (accelerate refuses it for several models).
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from limbeck.core.run.errors import BadInput
+from limbeck.core.run.players import Player
+
+CALLED = ("sample", "denoise", "rollout", "predict")  # methods other than forward that may be called on a sharded net
+GRACE_SECONDS = 600  # to finish a step and write a checkpoint once a signal has come
+
+
+class Team:
+    """This process among the others: device, precision, collectives. One process needs no process group."""
+
+    def __init__(self, device: str | None = None, precision: str = "fp32", shard: bool = False) -> None:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+
+        cpu = device == "cpu" or not _has_accelerator()
+        if device not in (None, "cpu") and cpu:
+            raise BadInput(f'device "{device}" is not there; use --device cpu or leave it out')
+        if precision == "fp16" and cpu:
+            raise BadInput("precision: fp16 needs a GPU; use precision: bf16 or fp32 on the CPU")
+        AcceleratorState._reset_state()  # it remembers the last run's precision
+        self.accelerator = Accelerator(cpu=cpu, mixed_precision="no" if precision == "fp32" else precision)
+        self.device = torch.device(device) if device and not cpu and self.size == 1 else self.accelerator.device
+        self.precision, self.shard = precision, shard
+        if shard and self.size == 1:
+            raise BadInput("distributed.shard needs several processes; start with --processes N or set it to false")
+
+    @property
+    def rank(self) -> int:
+        """0 for the process that writes."""
+        return int(self.accelerator.process_index)
+
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
+        return int(self.accelerator.num_processes)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Mixed precision inside, when the recipe asks for it."""
+        return contextlib.nullcontext() if self.precision == "fp32" else self.accelerator.autocast()
+
+    def mean_gradients(self, params: Sequence[Tensor], loss: Tensor) -> Tensor:
+        """Average the gradients over the processes in place (one flat all-reduce per dtype); returns the mean loss.
+
+        All processes trace the same graph, so the same parameters have gradients everywhere. Sharded parameters were
+        averaged by their reduce-scatter already. The loss travels along, so that a NaN of one process stops all.
+        """
+        if self.size == 1:
+            return loss
+        grads = [p.grad for p in params if p.grad is not None and not hasattr(p.grad, "full_tensor")]
+        mean = loss.detach().clone().reshape(1)
+        for dtype in sorted({g.dtype for g in grads} | {mean.dtype}, key=str):  # the same order everywhere
+            group = [g for g in grads if g.dtype == dtype] + ([mean] if mean.dtype == dtype else [])
+            flat = torch.cat([g.reshape(-1) for g in group])
+            dist.all_reduce(flat)
+            parts = torch.split(flat / self.size, [g.numel() for g in group])
+            torch._foreach_copy_(group, [part.view_as(g) for part, g in zip(parts, group, strict=True)])
+        return mean[0]
+
+    def agree(self, value: int) -> int:
+        """The largest of all processes' values (a signal may reach them at different steps)."""
+        if self.size == 1:
+            return value
+        box = torch.tensor([value], device=self.device)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        return int(box.item())
+
+    def mean_numbers(self, numbers: dict[str, float]) -> dict[str, float]:
+        """Every number averaged over the processes (for the log)."""
+        if self.size == 1 or not numbers:
+            return numbers
+        box = torch.tensor(list(numbers.values()), dtype=torch.float64, device=self.device)
+        dist.all_reduce(box)
+        return dict(zip(numbers, (box / self.size).tolist(), strict=True))
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def _has_accelerator() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a (perhaps sharded) tensor; a collective call when it is sharded."""
+    gather = getattr(tensor, "full_tensor", None)
+    return gather() if gather else tensor
+
+
+def shard(player: Player, team: Team) -> None:
+    """Split a player's parameters over the processes (FSDP2): the blocks of its net one by one, then the net."""
+    if player.module is None:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(team.device.type, (team.size,))
+    body = _body(player.module)
+    if not hasattr(body, "set_requires_gradient_sync"):  # two players may share one net
+        for block in _blocks(body):
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        fully_shard(body, mesh=mesh, reshard_after_forward=True)  # toggled gradients need it re-gathered every time
+        for name in CALLED:
+            if hasattr(body, name):
+                register_fsdp_forward_method(body, name)
+    names = set(player.params)
+    player.bind({n: p for n, p in player.module.named_parameters() if n in names})
+
+
+def _body(module: nn.Module) -> nn.Module:
+    """The net itself, inside wrappers that own nothing but it: whoever calls any of them calls it."""
+    while not list(module.parameters(recurse=False)) and len(children := list(module.children())) == 1:
+        module = children[0]
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            break
+    return module
+
+
+def _blocks(body: nn.Module) -> Iterator[nn.Module]:
+    for child in body.children():
+        if isinstance(child, nn.ModuleList):
+            yield from (block for block in child if list(block.parameters()))
+
+
+def launch(argv: Sequence[str], n: int) -> int:
+    """`limbeck ARGV` in n processes through torchrun on a free local port; returns the run's exit code.
+
+    torchrun lives in its own session, so a Ctrl-C reaches the workers once (through it) and not twice.
+    """
+    if n < 1:
+        raise BadInput(f"--processes {n}: must be at least 1")
+    options = {
+        "nproc-per-node": n,
+        "master-addr": "127.0.0.1",
+        "master-port": free_port(),
+        "shutdown-timeout": GRACE_SECONDS,
+    }
+    flags = [f"--{key}={value}" for key, value in options.items()]
+    command = [sys.executable, "-m", "torch.distributed.run", *flags, "-m", "limbeck", *argv]
+    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // n)), **os.environ}
+    worker = subprocess.Popen(command, env=env, start_new_session=True)
+    caught: list[int] = []
+
+    def forward(number: int, frame: Any) -> None:
+        caught.append(number)
+        worker.send_signal(number if len(caught) == 1 else signal.SIGKILL)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while worker.poll() is None:
+            time.sleep(0.1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 128 + caught[0] if caught else int(worker.returncode)
+
+
+def free_port() -> int:
+    """A local port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
