@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 from pydantic import create_model as _create_model
 from pydantic_core import PydanticCustomError
 
@@ -20,6 +20,7 @@ from limbeck.core.scheduled import Scheduled
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 RecipeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}(/[A-Za-z0-9][A-Za-z0-9_.-]{0,63}){0,3}$")]
+FLAGS = {"set", "out", "name", "seed", "device", "dry-run", "processes", "help"}
 Texts = dict[yamlio.Keys, str]
 KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}(\.[A-Za-z0-9_][A-Za-z0-9_-]{0,63}){0,15}\Z")
 SLOTS = {"teacher": "teacher", "student": "student", "data": "data", "space": "space"}
@@ -138,6 +139,13 @@ class Distributed(Strict):
     shard: bool = False
 
 
+def _free(inputs: dict[str, Input]) -> dict[str, Input]:
+    taken = sorted(FLAGS & inputs.keys())
+    if taken:
+        raise ValueError(f"the input {taken[0]} has the name of a flag of `limbeck run`; rename it")
+    return inputs
+
+
 def _unique(stages: list[Stage]) -> list[Stage]:
     names = [stage.name for stage in stages]
     if len(set(names)) < len(names):
@@ -153,7 +161,7 @@ class Recipe(Strict):
     paper: str = ""
     job: Literal["train", "sample", "table"] = "train"
     expect: Expect | None = None
-    inputs: dict[Name, Input] = {}
+    inputs: Annotated[dict[Name, Input], AfterValidator(_free)] = {}
     teacher: Annotated[Any, _maybe("teacher")] = None
     student: Annotated[Any, _maybe("student")] = None
     data: Annotated[Any, _maybe("data")] = None
@@ -170,6 +178,12 @@ class Recipe(Strict):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     distributed: Distributed = Distributed()
     track: list[Literal["tensorboard", "trackio", "wandb"]] = []
+
+    @model_validator(mode="after")
+    def _trains_something(self) -> "Recipe":
+        if self.job == "train" and not self.stages:
+            raise ValueError("job: train needs stages; add one with a name and losses")
+        return self
 
 
 def load(name_or_path: str, sets: Sequence[str] = (), inputs: Mapping[str, str] | None = None) -> Recipe:
