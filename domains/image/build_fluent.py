@@ -19,6 +19,8 @@ from typing import Any
 
 from PIL import Image
 
+from limbeck.core.run.errors import BadInput, LimbeckError
+
 ASSETS = Path(__file__).parent / "assets" / "fluent"
 SIZES = (32, 64)
 EVAL_COUNT = 256
@@ -81,11 +83,11 @@ def pack(source: Source, folder: Path) -> Path:
     """Downloads the tarball of one package with `npm pack`."""
     npm = shutil.which("npm")
     if npm is None:
-        raise FileNotFoundError("npm is not installed: install Node.js, or give the tarballs with --tarball NAME=PATH")
+        raise LimbeckError("npm is not installed: install Node.js, or give the tarballs with --tarball NAME=PATH")
     command = [npm, "pack", source.spec, "--silent", "--pack-destination", str(folder)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"npm pack {source.spec} failed: {done.stderr.strip()[-300:]}")
+        raise LimbeckError(f"npm pack {source.spec} failed: {done.stderr.strip()[-300:]}")
     return folder / done.stdout.split()[-1]
 
 
@@ -93,7 +95,7 @@ def checked(source: Source, path: Path) -> Path:
     """Returns the path if the file is the pinned one, else raises."""
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != source.sha256:
-        raise ValueError(f"{path.name} is not {source.spec}: SHA-256 {found[:12]}…, expected {source.sha256[:12]}…")
+        raise LimbeckError(f"{path.name} is not {source.spec}: SHA-256 {found[:12]}…, expected {source.sha256[:12]}…")
     return path
 
 
@@ -166,7 +168,7 @@ def eval_names(rows: list[dict[str, Any]]) -> list[str]:
 
     Left out: gendered variants, clock faces, and the symbols (coloured squares with small signs).
     """
-    variant = re.compile(r"^(man|woman|men|women|family|couple|kiss|people)\b|o’clock|-thirty|: | facing ", re.IGNORECASE)
+    variant = re.compile(r"(?i)^(man|woman|men|women|family|couple|kiss|people)\b|o’clock|-thirty|: | facing ")
     names = [r["name"] for r in rows if r["group"] != "Symbols" and not variant.search(r["name"])]
     ranked = sorted(names, key=lambda n: hashlib.sha256(n.encode()).hexdigest())
     return sorted(ranked[:EVAL_COUNT])
@@ -177,7 +179,7 @@ def licences() -> str:
     parts = ["# Licences of the embedded pictures, names and keywords\n"]
     for s in SOURCES:
         parts.append(f"## {s.spec} (npm)\n\nMIT License. {s.copyright}\n\nTarball SHA-256: `{s.sha256}`\n")
-    parts.append("Changes: pictures made smaller and laid on one sheet; names, groups and keywords joined and filtered.\n")
+    parts.append("Changes: pictures made smaller, on one sheet; names, groups and keywords joined and filtered.\n")
     return "\n".join([*parts, "## The MIT License\n", MIT, ""])
 
 
@@ -195,7 +197,7 @@ def write(rows: list[dict[str, Any]], art: dict[str, bytes], out: Path, size: in
 def build(tarballs: dict[str, Path], out: Path, size: int = 32) -> None:
     """Makes the embedded set at `size` pixels from tarballs by package name; missing ones are fetched by `npm pack`."""
     if size not in SIZES:
-        raise ValueError(f"size {size} is not known: choose one of {', '.join(map(str, SIZES))}")
+        raise BadInput(f"size {size} is not known: choose one of {', '.join(map(str, SIZES))}")
     with tempfile.TemporaryDirectory() as folder:
         paths = {s.name: checked(s, tarballs.get(s.name) or pack(s, Path(folder))) for s in SOURCES}
         art = pictures(paths[ART.name])

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
+
+from limbeck.core.run.errors import BadInput
 
 FACTOR = 2
+UNET: Any = UNet2DConditionModel  # diffusers' own annotations hide that its models are modules
 META: dict[str, Any] = {
     "format": 1,
     "prediction": "flow",
@@ -35,10 +38,10 @@ def depth_to_space(x: Tensor, factor: int = FACTOR) -> Tensor:
 
 def build_unet(
     size: int = 32, channels: tuple[int, ...] = (64, 128, 192), layers: int = 1, cross_dim: int = 384
-) -> UNet2DConditionModel:
-    """A small text-conditional U-Net; cross-attention at a quarter of the picture's side (8x8 for 32) and in the middle."""
+) -> nn.Module:
+    """A small text-conditional U-Net; cross-attention at 1/4 of the picture's side (8x8 for 32), and in the middle."""
     plain = len(channels) - 2
-    return UNet2DConditionModel(
+    net: nn.Module = UNET(
         sample_size=size // FACTOR,
         in_channels=3 * FACTOR**2,
         out_channels=3 * FACTOR**2,
@@ -50,9 +53,10 @@ def build_unet(
         mid_block_type="UNetMidBlock2DCrossAttn",
         up_block_types=(*["UpBlock2D"] * plain, "CrossAttnUpBlock2D", "UpBlock2D"),
     )
+    return net
 
 
-def flow(unet: UNet2DConditionModel, x_t: Tensor, t: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+def flow(unet: nn.Module, x_t: Tensor, t: Tensor, states: Tensor, mask: Tensor) -> Tensor:
     """Pixels [B,3,H,W] at times t [B] with text states [B,L,D] and mask [B,L] -> predicted eps - x0 [B,3,H,W]."""
     out = unet(
         space_to_depth(x_t),
@@ -64,22 +68,20 @@ def flow(unet: UNet2DConditionModel, x_t: Tensor, t: Tensor, states: Tensor, mas
     return depth_to_space(out)
 
 
-def save_teacher(unet: UNet2DConditionModel, folder: Path, meta: dict[str, Any] | None = None) -> None:
-    """Writes folder/unet (diffusers format, bf16 safetensors; the net itself is left as it is) and folder/limbeck.json."""
-    half = UNet2DConditionModel.from_config(unet.config).to(torch.bfloat16)
+def save_teacher(unet: nn.Module, folder: Path, meta: dict[str, Any] | None = None) -> None:
+    """Writes folder/unet (diffusers format, bf16; the net itself stays as it is) and folder/limbeck.json."""
+    half = UNET.from_config(unet.config).to(torch.bfloat16)
     half.load_state_dict(unet.state_dict())
     half.save_pretrained(folder / "unet", safe_serialization=True)
     text = json.dumps({**META, **(meta or {})}, indent=2)
     (folder / "limbeck.json").write_text(text + "\n", encoding="utf-8")
 
 
-def load_teacher(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[UNet2DConditionModel, dict[str, Any]]:
+def load_teacher(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
     """Reads what save_teacher wrote: the net (in evaluation mode) and its meta data."""
     path = folder / "limbeck.json"
     if not path.exists():
-        raise FileNotFoundError(f"{folder} is no teacher folder: it has no limbeck.json")
+        raise BadInput(f"{folder} is no teacher folder: it has no limbeck.json")
     meta = json.loads(path.read_text(encoding="utf-8"))
-    unet = UNet2DConditionModel.from_pretrained(
-        folder / "unet", torch_dtype=dtype, use_safetensors=True, local_files_only=True
-    )
+    unet = UNET.from_pretrained(folder / "unet", torch_dtype=dtype, use_safetensors=True, local_files_only=True)
     return unet.eval(), meta

