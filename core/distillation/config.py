@@ -1,0 +1,184 @@
+"""What a recipe may say about a distillation loss (torch-free). Numbers that may change with the step are Scheduled.
+
+Each method has its own small class per nested setting, so that overriding one key keeps the method's other defaults.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from limbeck.core.diffusion.config import TimeLaw, Uniform
+from limbeck.core.run.config import OptimConfig
+from limbeck.core.scheduled import Scheduled
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Reduction = Literal["sum", "mean"]  # over a sample's elements; always a mean over the batch
+Space = Literal["eps", "x0", "v", "flow"]
+Weighting = Literal["one", "sigma2", "alpha", "alpha2", "snr_trunc", "edm"]
+Divergence = Literal["rkl", "kl", "js", "sf", "sh", "jf", "neyman", "pearson"]
+
+
+class Config(BaseModel):
+    """Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Denoising(Config):
+    """Plain denoising regression of the student (or of the teacher, in a recipe without a student)."""
+
+    optim: OptimConfig = OptimConfig()
+    time: TimeLaw = Uniform()
+    space: Space | None = None  # what is compared; null: what the net predicts natively
+    weighting: Weighting = "one"
+    sigma_data: Positive = 0.5  # only for weighting: edm
+    dropout: Share = 0.1  # share of conditions replaced by the null condition
+    whole_batch: bool = False  # drop the condition of the whole batch or of none
+
+
+class CriticConfig(Denoising):
+    """The net that follows the student's own distribution; trained by denoising on detached samples."""
+
+    kind: Literal["full", "lora", "mlp"] = "lora"  # the teacher copied, LoRA on the shared teacher, a small net
+    rank: Count = 64
+    alpha: Positive | None = None  # LoRA scale is alpha/rank; null: alpha = rank
+    width: Count = 128  # of `mlp`
+    depth: Count = 3
+    steps_per: Count = 1  # critic updates per step
+    warm: Annotated[int, Field(ge=0)] = 0  # critic-only steps before the student moves
+    guidance: Scheduled | Literal["same"] | None = None  # in the student's step; null: none; "same": the teacher's
+
+
+class AdversaryConfig(Config):
+    """A classifier head on a denoiser's features: real data against samples, both noised to the same t."""
+
+    features: Literal["critic", "teacher"] = "critic"
+    width: Count = 256
+    generator: Scheduled = 1e-3  # weight of softplus(-l_fake) in the student's loss
+    discriminator: Scheduled = 1e-2  # weight of the head's loss in the critic's
+    time: TimeLaw = Uniform()
+
+
+class RatioConfig(Config):
+    """f-distill's weight h(r): r = exp(logit) clamped to [lo, hi], over the running mean of its time bin."""
+
+    divergence: Divergence = "js"
+    lo: Positive = 0.1
+    hi: Positive = 20.0
+    bins: Count = 10
+    rate: Share = 0.0  # how much of the old mean is kept when a batch arrives
+
+
+class Matched(Config):
+    """What all matching losses share; `optim.every` is the two-time-scale ratio (critic steps per student step)."""
+
+    optim: OptimConfig = OptimConfig(lr=1e-5)
+    time: TimeLaw = Uniform(lo=0.02, hi=0.98)
+    guidance: Scheduled = 1.0  # of the teacher: eps_u + g (eps_c - eps_u)
+    critic: CriticConfig = CriticConfig()
+    reduction: Reduction = "mean"
+
+
+class StudentOptim(OptimConfig):
+    lr: Scheduled = 1e-6
+    ema: float | None = 0.999
+
+
+class LoraOptim(OptimConfig):
+    lr: Scheduled = 1e-3
+
+
+class SwiftBrushCritic(CriticConfig):
+    optim: LoraOptim = LoraOptim()
+    alpha: Positive | None = 108.0
+    space: Space | None = "eps"
+    weighting: Weighting = "alpha2"
+    whole_batch: bool = True
+    guidance: Scheduled | Literal["same"] | None = "same"
+
+
+class SwiftBrush(Matched):
+    """VSD with the same guidance on teacher and critic; LoRA critic, eps loss weighted by alpha^2."""
+
+    optim: StudentOptim = StudentOptim()
+    guidance: Scheduled = 4.5
+    critic: SwiftBrushCritic = SwiftBrushCritic()
+
+
+class CriticOptim(OptimConfig):
+    lr: Scheduled = 1e-5
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip: Annotated[float, Field(gt=0)] | None = 10.0
+    warmup: Annotated[int, Field(ge=0)] = 500
+
+
+class SlowOptim(CriticOptim):
+    every: Count = 5
+
+
+class FullCritic(CriticConfig):
+    kind: Literal["full", "lora", "mlp"] = "full"
+    optim: CriticOptim = CriticOptim()
+    dropout: Share = 0.0
+
+
+class Dmd2(Matched):
+    """DMD's residual, two time scales, a full critic and a GAN head on its features (null: no adversary)."""
+
+    optim: SlowOptim = SlowOptim()
+    guidance: Scheduled = 1.75
+    critic: FullCritic = FullCritic()
+    adversary: AdversaryConfig | None = AdversaryConfig()
+
+
+class TeacherFeatures(AdversaryConfig):
+    features: Literal["critic", "teacher"] = "teacher"
+
+
+class FDistill(Dmd2):
+    """DMD2 with the residual weighted by h(r); the discriminator reads teacher features."""
+
+    adversary: TeacherFeatures = TeacherFeatures()
+    ratio: RatioConfig = RatioConfig()
+
+
+class SimOptim(OptimConfig):
+    kind: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: Scheduled = 1e-5
+    betas: tuple[float, float] = (0.0, 0.999)
+
+
+class SimStudentOptim(SimOptim):
+    ema: float | None = 0.999
+
+
+class SimCritic(CriticConfig):
+    kind: Literal["full", "lora", "mlp"] = "full"
+    optim: SimOptim = SimOptim()
+    dropout: Share = 0.0
+
+
+class Sim(Matched):
+    """Score implicit matching: the gradient also flows through the inputs of both nets."""
+
+    optim: SimStudentOptim = SimStudentOptim()
+    critic: SimCritic = SimCritic()
+    huber: Positive = 0.03  # the pseudo-Huber's c is huber * sqrt(numel)
+    weighting: Weighting = "one"
+
+
+class Score(Config):
+    """Any operator on any student; a critic is needed by the operators that read one (vsd, dmd)."""
+
+    operator: str = "sds"
+    scale: float | None = None  # nfsd's s, bsd's lambda, auto_bsd's smoothing factor; null: the paper's
+    optim: OptimConfig = OptimConfig(lr=1e-3)
+    time: TimeLaw = Uniform(lo=0.02, hi=0.98)
+    guidance: Scheduled = 7.5
+    negative: str | None = None  # the unconditional branch's prompt (nfsd: the bad-quality one); null: the teacher's
+    shift: Annotated[float, Field(gt=0, le=1)] = 0.1  # asd: t2 = t + shift (t - t_min) u
+    shift_random: bool = True  # u uniform in (0, 1), or 1
+    critic: CriticConfig | None = None  # null: the default critic, where the operator reads one
+    reduction: Reduction = "sum"

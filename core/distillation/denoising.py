@@ -1,0 +1,108 @@
+"""Denoising regression: teachers, critics and fine-tuning. Legend: B batch, *S sample dims."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.core.diffusion.denoiser import Denoiser, Encoded, Prediction
+from limbeck.core.diffusion.process import Process
+from limbeck.core.diffusion.time import Law, law, weight
+from limbeck.core.distillation import config as settings
+from limbeck.core.distillation.source import Source
+from limbeck.core.run.build import Build
+from limbeck.core.run.context import Context
+from limbeck.core.run.players import Phase, Player
+
+
+def draw_t(ctx: Context, name: str, times: Law, process: Process) -> Tensor:
+    """t [b] of this process's rows, drawn for the global batch."""
+    t = times.sample(ctx.global_batch, ctx.draws.gen(f"{name}.t"), process, ctx.step)
+    return t[ctx.draws.rows].to(ctx.device)
+
+
+def noised(ctx: Context, name: str, x: Tensor, times: Law, process: Process) -> tuple[Tensor, Tensor, Tensor]:
+    """(x_t, t, eps) with fresh draws of the streams `name.t` and `name.eps`; keeps the graph of x [b, *S]."""
+    t = draw_t(ctx, name, times, process)
+    eps = ctx.draws.normal(f"{name}.eps", tuple(x.shape[1:])).to(x)
+    return process.add_noise(x, eps, t), t, eps
+
+
+def dropped(ctx: Context, name: str, cond: Encoded, null: Encoded, share: float, whole_batch: bool) -> Encoded:
+    """The condition with a share of its rows (or, with that probability, the whole batch) made the null condition."""
+    if share == 0 or not cond:
+        return cond
+    if whole_batch:  # one draw for all processes
+        gone = torch.rand(1, generator=ctx.draws.gen(f"{name}.drop")).lt(share).expand(ctx.batch).to(ctx.device)
+    else:
+        gone = ctx.draws.uniform(f"{name}.drop") < share
+    return {k: torch.where(gone.view(-1, *[1] * (v.dim() - 1)), null[k].to(v).expand_as(v), v) for k, v in cond.items()}
+
+
+def truth(space: str, x0: Tensor, eps: Tensor, t: Tensor, process: Process) -> Tensor:
+    """What a perfect net of this space would say, [B, *S]."""
+    alpha, sigma = process.coefficients(t, x0)
+    table = {"x0": x0, "eps": eps, "v": alpha * eps - sigma * x0, "flow": eps - x0}
+    return table[space]
+
+
+def regression(pred: Prediction, x0: Tensor, eps: Tensor, config: settings.Denoising) -> Tensor:
+    """w(t) times the mean square error over the sample, mean over the batch."""
+    space = config.space or ("eps" if pred.kind == "score" else pred.kind)
+    error = getattr(pred, space).float() - truth(space, x0.float(), eps.float(), pred.t, pred.process)
+    return (weighting(config, pred.process, pred.t).to(error) * error.square().flatten(1).mean(1)).mean()
+
+
+def weighting(config: settings.Denoising, process: Process, t: Tensor) -> Tensor:
+    """w(t) [B] by name; `alpha2` turns an eps loss into SwiftBrush's (alpha eps_psi - alpha eps)^2."""
+    name = "alpha" if config.weighting == "alpha2" else config.weighting
+    w = weight(name, process, t, config.sigma_data)
+    return w.square() if config.weighting == "alpha2" else w
+
+
+class Regression:
+    """The denoising loss of one net: its law of t, space, weight and condition dropout."""
+
+    def __init__(self, denoiser: Denoiser, config: settings.Denoising, null: Encoded) -> None:
+        self.denoiser, self.config, self.null = denoiser, config, null
+        self.times = law(config.time)
+
+    def loss(self, ctx: Context, name: str, x0: Tensor, cond: Encoded) -> Tensor:
+        """The loss on x0 [b, *S] (detached by the caller) with the streams of `name`."""
+        x_t, t, eps = noised(ctx, name, x0, self.times, self.denoiser.process)
+        cond = dropped(ctx, name, cond, self.null, self.config.dropout, self.config.whole_batch)
+        return regression(self.denoiser.predict(x_t, t, cond), x0, eps, self.config)
+
+
+class DenoisingObjective:
+    """Trains a denoiser on data: teachers, fine-tuning."""
+
+    def __init__(self, name: str, source: Source, regression: Regression, player: Player) -> None:
+        self.name, self.source, self.regression, self.player = name, source, regression, player
+        self.players = {player.name: player}
+
+    def phases(self, ctx: Context) -> Iterator[Phase]:
+        """One phase: the regression on a fresh batch of data."""
+        yield Phase((self.player.name,), lambda: self._terms(ctx))
+
+    def _terms(self, ctx: Context) -> dict[str, Tensor]:
+        x0, cond = self.source.real(ctx)
+        return {"denoising": self.regression.loss(ctx, self.name, x0, cond)}
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing beside the player."""
+        return {}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Nothing to bring back."""
+
+
+def build(config: settings.Denoising, build: Build) -> DenoisingObjective:
+    """Factory of the objective `denoising`: the student's denoiser, or the teacher's in a recipe without a student."""
+    source = Source.of(build)
+    trained: nn.Module = source.model.denoiser if build.recipe.student is None else source.student
+    denoiser = trained if isinstance(trained, Denoiser) else trained.denoiser
+    assert isinstance(denoiser, Denoiser)
+    name = "teacher" if build.recipe.student is None else "student"
+    player = build.player(name, trained.requires_grad_(True), config.optim)
+    return DenoisingObjective("denoising", source, Regression(denoiser, config, source.null), player)

@@ -1,0 +1,80 @@
+"""What a step trains on: the student's sample and real data, each drawn once per step and shared by all losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from limbeck.core.diffusion.denoiser import Encoded, Model
+from limbeck.core.run.build import Build
+from limbeck.core.run.context import Context
+from limbeck.core.run.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Source:
+    """Teacher, student and data of a run. A student is a module with `sample(noise, cond)`; with several `times` it also
+    has `rollout` (no gradient, from pure noise to step k) and `denoise`.
+    """
+
+    model: Model
+    student: nn.Module
+    data: Any
+    null: Encoded  # one row
+
+    @classmethod
+    def of(cls, build: Build) -> Source:
+        """The run's own pieces; the teacher is frozen."""
+        model: Model = build.piece("teacher")
+        frozen = build.recipe.student is not None
+        model.denoiser.requires_grad_(not frozen)
+        student = build.piece("student") if frozen else model.denoiser
+        data = build.piece("data") if build.recipe.data is not None else None
+        return cls(model, student, data, model.encode([model.uncond]))
+
+    def sample(self, ctx: Context) -> tuple[Tensor, Encoded]:
+        """The student's x [b, *S], with its graph where the student trains in this phase, and its condition."""
+        return ctx.once("student.sample", lambda: self._sample(ctx))
+
+    def _sample(self, ctx: Context) -> tuple[Tensor, Encoded]:
+        student: Any = self.student
+        cond = self.model.encode(self._prompts(ctx))
+        noise = ctx.draws.normal("student.noise", tuple(self.model.shape))
+        count = len(getattr(student, "times", ()))
+        if count <= 1:
+            return student.sample(noise, cond).x, cond
+        k = int(torch.randint(count, (1,), generator=ctx.draws.gen("student.k")))  # one k for all processes
+        renoise = [ctx.draws.normal(f"student.renoise{i}", tuple(self.model.shape)) for i in range(k)]
+        x_in, t = student.rollout(noise, cond, k, renoise)
+        return student.denoise(x_in, t, cond).x0, cond
+
+    def _prompts(self, ctx: Context) -> list[str]:
+        if self.data is None:
+            return [self.model.uncond] * ctx.batch
+        prompts: list[str] = self.data.prompts(ctx.global_batch, ctx.draws.gen("data.prompts"), ctx.draws.rows)
+        return prompts
+
+    def real(self, ctx: Context) -> tuple[Tensor, Encoded]:
+        """Data x0 [b, *S] in the space of the teacher, and its condition."""
+        return ctx.once("data.real", lambda: self._real(ctx))
+
+    def _real(self, ctx: Context) -> tuple[Tensor, Encoded]:
+        batch = None
+        if self.data is not None:
+            batch = self.data.batch(ctx.global_batch, ctx.draws.gen("data.batch"), ctx.draws.rows)
+        if batch is None or batch.x is None:
+            raise BadInput("this loss needs real data and `data` gives none; set adversary: null, or use another data piece")
+        with torch.no_grad():
+            return self.model.codec.encode(batch.x.to(ctx.device)), self.model.encode(batch.prompts)
+
+
+def global_mean(value: Tensor, ctx: Context) -> Tensor:
+    """The mean over the processes of a detached statistic (every process has equally many rows)."""
+    if ctx.world > 1:
+        dist.all_reduce(value)
+        value = value / ctx.world
+    return value
