@@ -43,10 +43,11 @@ class Rule(Protocol):
 def guided(
     denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Encoded, null: Encoded, scale: float, features: bool = False
 ) -> Prediction:
-    """eps_u + scale (eps_c - eps_u) in one forward; the conditional branch alone at scale 1, its features either way."""
+    """eps_u + scale (eps_c - eps_u) in one forward; the conditional branch alone at scale 1."""
     if scale == 1:
         return denoiser.predict(x_t, t, cond, features)
-    return combine(*predict(denoiser, [(x_t, t, cond), (x_t, t, null)], features), scale)
+    with_cond, without = predict(denoiser, [(x_t, t, cond), (x_t, t, null)], features)
+    return combine(with_cond, without, scale)
 
 
 @dataclass
@@ -125,7 +126,7 @@ class Residual:
 
 @dataclass
 class Implicit:
-    """SIM (Luo et al. 2024): -w <d'(y), D_psi(x_t) - x>, y = D_psi - D_phi; x_t and both nets' inputs keep their graph."""
+    """SIM (Luo et al. 2024): -w <d'(y), D_psi(x_t) - x>, y = D_psi - D_phi; x_t and both nets keep their graph."""
 
     name: str
     teacher: Denoiser
@@ -214,7 +215,9 @@ def _critic_player(build: Build, critic: Critic, adversary: Adversary | None) ->
     return build.player("critic", nets, critic.config.optim)
 
 
-def _adversary(config: settings.AdversaryConfig | None, source: Source, critic: Critic, build: Build) -> Adversary | None:
+def _adversary(
+    config: settings.AdversaryConfig | None, source: Source, critic: Critic, build: Build
+) -> Adversary | None:
     if config is None:
         return None
     denoiser = critic.denoiser if config.features == "critic" else source.model.denoiser
@@ -252,7 +255,7 @@ def build_sim(config: settings.Sim, build: Build) -> Matching:
 
 
 def build_score(config: settings.Score, build: Build) -> Matching:
-    """Factory of score: any operator, built-in or a plugin's, alone on the student (with a critic where it reads one)."""
+    """Factory of score: any operator, built-in or a plugin's, alone on the student (with a critic if it reads one)."""
     source = Source.of(build)
     operator = _operator(config, build)
     critic = None

@@ -40,8 +40,8 @@ def min_norm(g1: Tensor, g2: Tensor) -> Tensor:
 class Operator:
     """A residual with its space, weight law and what it reads: the names of its arguments.
 
-    Branches: teacher (guided), cond, uncond, negative, later (the teacher at t2 > t), critic, x, eps, h. A last argument
-    `scale` is the operator's own free factor, with the paper's value as default.
+    Branches: teacher (guided), cond, uncond, negative, later (the teacher at t2 > t), critic, x, eps, h. A last
+    argument `scale` is the operator's own free factor, with the paper's value as default.
     """
 
     residual: Callable[..., Tensor]
@@ -111,7 +111,7 @@ def bsd(cond: Prediction, uncond: Prediction, scale: float = 18.0) -> Tensor:
 
 @operator("eps", "one")
 def auto_bsd(cond: Prediction, uncond: Prediction, eps: Tensor, scale: float = 1.25) -> Tensor:
-    """PlacidDreamer's released auto variant, eps space; its scale ||eps_u - eps|| sigma/50 per sample, not per batch."""
+    """PlacidDreamer's auto variant, eps space; its scale ||eps_u - eps|| sigma/50 per sample, not per batch."""
     noise = uncond.eps - eps
     _, sigma = uncond.process.coefficients(uncond.t, eps)
     return sigma / 50 * rows(dot(noise, noise).sqrt(), eps) * min_norm(cond.eps - uncond.eps, scale * noise)

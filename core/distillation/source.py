@@ -17,8 +17,8 @@ from limbeck.core.run.errors import BadInput
 
 @dataclass(frozen=True)
 class Source:
-    """Teacher, student and data of a run. A student is a module with `sample(noise, cond)`; with several `times` it also
-    has `rollout` (no gradient, from pure noise to step k) and `denoise`.
+    """Teacher, student and data of a run. A student is a module with `sample(noise, cond)`; with several `times`
+    it also has `rollout` (no gradient, from pure noise to step k) and `denoise`.
     """
 
     model: Model
@@ -67,7 +67,7 @@ class Source:
         if self.data is not None:
             batch = self.data.batch(ctx.global_batch, ctx.draws.gen("data.batch"), ctx.draws.rows)
         if batch is None or batch.x is None:
-            raise BadInput("this loss needs real data and `data` gives none; set adversary: null, or use another data piece")
+            raise BadInput("this loss needs real data and `data` gives none; set adversary: null or change data")
         with torch.no_grad():
             return self.model.codec.encode(batch.x.to(ctx.device)), self.model.encode(batch.prompts)
 
