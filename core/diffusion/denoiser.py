@@ -93,7 +93,7 @@ class Prediction:
 
     def _rows(self, part: slice) -> Prediction:
         features = None if self.features is None else [feature[part] for feature in self.features]
-        return Prediction(self.raw[part], self.x_t[part], self.t[part], self.process, self.kind, features)
+        return type(self)(self.raw[part], self.x_t[part], self.t[part], self.process, self.kind, features)
 
     def replace(self, x0: Tensor) -> Prediction:
         """The same question answered with another x0 (clipped, rescaled, projected)."""
@@ -102,11 +102,11 @@ class Prediction:
     def detach(self) -> Prediction:
         """Without graph, on the inputs as well."""
         features = None if self.features is None else [feature.detach() for feature in self.features]
-        return Prediction(self.raw.detach(), self.x_t.detach(), self.t, self.process, self.kind, features)
+        return type(self)(self.raw.detach(), self.x_t.detach(), self.t, self.process, self.kind, features)
 
     def double(self) -> Prediction:
         """Converted in float64 (the VP end of large models, where 1/alpha is 15)."""
-        return Prediction(self.raw.double(), self.x_t.double(), self.t, self.process, self.kind, self.features)
+        return type(self)(self.raw.double(), self.x_t.double(), self.t, self.process, self.kind, self.features)
 
 
 class Denoiser(nn.Module):

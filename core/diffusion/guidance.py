@@ -8,6 +8,7 @@ from torch import Tensor
 from limbeck.core.diffusion.denoiser import (
     Denoiser,
     Encoded,
+    Features,
     Output,
     Prediction,
     cat_cond,
@@ -43,6 +44,9 @@ class Guided(Denoiser):
 
     def begin(self, times: Tensor) -> Denoiser:
         return Guided(self.inner.begin(times), self.null, self.scale, self.interval)
+
+    def wrap(self, raw: Tensor, x_t: Tensor, t: Tensor, features: Features | None = None) -> Prediction:
+        return self.inner.wrap(raw, x_t, t, features)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Encoded, features: bool = False) -> Output:
         active = self._active(t, len(x_t))
