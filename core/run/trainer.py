@@ -54,6 +54,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.pending: dict[str, Tensor | float] = {}
+        self.held_out: float | None = None  # the last value logged under this name decides which checkpoint is best
         self.scale = guard.LossScale() if self.team.precision == "fp16" else None
         if self.team.shard:
             for player in self.objective.players.values():
@@ -127,14 +128,19 @@ class Trainer:
         self._on = names
 
     def numbers(self) -> dict[str, float]:
-        """What was logged since the last log line, as floats averaged over processes (this waits for the device)."""
+        """One log line: everything since the last one, and the learning rates."""
+        rates = {f"lr/{p.name}": p.lr(max(0, self.step - 1)) for p in self.objective.players.values()}
+        return self.settled() | rates
+
+    def settled(self) -> dict[str, float]:
+        """What was logged since the last line, as floats averaged over processes (this waits for the device)."""
         tensors = [name for name, value in self.pending.items() if isinstance(value, Tensor)]
         packed = [full(self.pending[name]).float().to(self.team.device) for name in tensors]  # type: ignore[arg-type]
         moved = dict(zip(tensors, torch.stack(packed).tolist(), strict=True)) if packed else {}
-        out = {name: float(moved.get(name, value)) for name, value in self.pending.items()}
-        self.pending.update(out)
-        out = self.team.mean_numbers(out)
-        return out | {f"lr/{p.name}": p.lr(max(0, self.step - 1)) for p in self.objective.players.values()}
+        out = self.team.mean_numbers({name: float(moved.get(name, v)) for name, v in self.pending.items()})
+        self.pending = dict(out)
+        self.held_out = out.get("held_out", self.held_out)
+        return out
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resume needs, as references, under the checkpoint's names."""

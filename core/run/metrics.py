@@ -1,0 +1,138 @@
+"""What a run says: metrics.jsonl, log.txt, a live table on a terminal (plain lines elsewhere), trackers when asked."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from limbeck.core.run import memory
+from limbeck.core.run.errors import BadInput
+
+CPU = torch.device("cpu")
+
+
+class Metrics:
+    """One writer per run (the first process); `quiet` keeps the terminal still."""
+
+    def __init__(self, folder: Path, device: torch.device = CPU, *, quiet: bool = False, writes: bool = True) -> None:
+        self.folder, self.device, self.writes, self.quiet = folder, device, writes, quiet or not writes
+        self.stage, self.steps, self._from = "", 0, 0
+        self._live: Any = None
+        self._trackers: list[Any] = []
+        self._began = self._since = time.perf_counter()
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.stop_live()
+        for tracker in self._trackers:
+            tracker.finish()
+
+    def track(self, names: Sequence[str], config: dict[str, Any]) -> None:
+        """Start the trackers that the recipe asks for."""
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        for name in names if self.writes else []:
+            if importlib.util.find_spec(name) is None:
+                raise BadInput(f"track: {name} is not installed; run `pip install 'limbeck[logging]'` or drop it")
+            kind = LOGGER_TYPE_TO_CLASS[name]
+            where = {"logging_dir": str(self.folder)} if kind.requires_logging_directory else {}
+            tracker = kind(self.folder.name, **where)
+            tracker.start()
+            tracker.store_init_configuration(config)
+            self._trackers.append(tracker)
+
+    def begin(self, stage: str, step: int, steps: int, before: list[str]) -> None:
+        """A stage starts after `step` steps: later rows, left by an interrupted run, are dropped."""
+        self.stage, self.steps, self._from = stage, steps, step
+        self._since = time.perf_counter()
+        if self.writes:
+            spent = truncate(self.folder / "metrics.jsonl", stage, step, before)
+            self._began = min(self._began, self._since - spent)
+
+    def row(self, step: int, numbers: dict[str, float]) -> None:
+        """One line of numbers; `time` (seconds since the start) is the only key that differs between equal runs."""
+        now = time.perf_counter()
+        if not self.writes:
+            return
+        line = {"stage": self.stage, "step": step, **numbers, "time": round(now - self._began, 3)}
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        for tracker in self._trackers:
+            tracker.log(numbers, step=step)
+        self._show(step, numbers, (now - self._since) / max(1, step - self._from))
+
+    def say(self, line: str) -> None:
+        """One line for log.txt and, unless quiet, for the terminal."""
+        if self.writes and self.folder.is_dir():
+            with contextlib.suppress(OSError), (self.folder / "log.txt").open("a") as file:  # a full disk: still say it
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        if not self.quiet:
+            print(line, flush=True)
+
+    def stop_live(self) -> None:
+        """Leave the table as it stands."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _show(self, step: int, numbers: dict[str, float], seconds: float) -> None:
+        speed = {"it/s": f"{1 / max(seconds, 1e-9):.2f}", "memory": f"{memory.now(self.device) / 1e9:.2f} GB"}
+        facts = {**speed, "ETA": memory.clock((self.steps - step) * seconds)}
+        if self.quiet:
+            return
+        if not sys.stdout.isatty():
+            losses = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items() if _main(key))
+            print(f"{self.stage} {step}/{self.steps}  {losses}  " + "  ".join(map(" ".join, facts.items())), flush=True)
+            return
+        from rich.live import Live
+
+        if self._live is None:
+            self._live = Live(auto_refresh=False)
+            self._live.start()
+        self._live.update(_table(f"{self.stage} {step}/{self.steps}", numbers, facts), refresh=True)
+
+
+def truncate(path: Path, stage: str, step: int, before: list[str]) -> float:
+    """Keep the whole rows of the stages before, and this stage's up to `step`; the last one's time."""
+    if not path.exists():
+        return 0.0
+    rows = [row for row in map(_row, path.read_text("utf-8", "replace").splitlines()) if row]
+    kept = [
+        r for r in rows if r.get("stage") in before or (r.get("stage") == stage and r.get("step", step + 1) <= step)
+    ]
+    temporary = path.with_name(".metrics.tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    os.replace(temporary, path)
+    return float(kept[-1].get("time", 0.0)) if kept else 0.0
+
+
+def _row(line: str) -> dict[str, Any]:
+    """Half a line, left by a crash, is no row."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def _main(key: str) -> bool:
+    return key.startswith(("loss/", "reward/")) or key in ("held_out", "gap")
+
+
+def _table(title: str, numbers: dict[str, float], facts: dict[str, str]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_row("  ".join(f"[bold]{key}[/] {value}" for key, value in facts.items()))
+    table.add_row("  ".join(f"{key} [bold]{value:.4g}[/]" for key, value in numbers.items() if _main(key)))
+    table.add_row("  ".join(f"{key} {value:.4g}" for key, value in numbers.items() if not _main(key)))
+    return table
