@@ -135,6 +135,7 @@ class FluentData:
         self.mirror = torch.tensor([mirrorable(r["name"], r["group"], r["keywords"]) for r in rows])
         self.index = {name: i for i, name in enumerate(self.names)}
         self.eval_names = EVAL_NAMES
+        self.known = frozenset(self.texts())
         self.rgba = load_sheet(size)
         pixels = self.rgba.float() / 255
         self.premultiplied = torch.cat([pixels[:, :3] * pixels[:, 3:], pixels[:, 3:]], 1)
@@ -181,7 +182,7 @@ class FluentData:
 
     def knows(self, prompt: str) -> bool:
         """Whether the prompt is among the captions of the set."""
-        return prompt in set(self.texts())
+        return prompt in self.known
 
     def nearest(self, prompt: str, k: int = 3) -> list[str]:
         """The k names nearest to a prompt by shared words, then by spelling (for did-you-mean)."""

@@ -83,5 +83,5 @@ def load_teacher(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[nn.M
     if not path.exists():
         raise BadInput(f"{folder} is no teacher folder: it has no limbeck.json")
     meta = json.loads(path.read_text(encoding="utf-8"))
-    unet = UNET.from_pretrained(folder / "unet", torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+    unet = UNET.from_pretrained(folder / "unet", dtype=dtype, use_safetensors=True, local_files_only=True)
     return unet.eval(), meta
