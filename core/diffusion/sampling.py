@@ -258,7 +258,7 @@ class Euler:
 class Heun:
     """Second order (EDM alg. 1 without churn): the slope at both ends; the step to s = 0 is Euler's.
 
-    The slope is eps - x0 in sigma for rectified flow, eps in sigma/alpha otherwise.
+    Slopes: eps in sigma for VE, eps - x0 in sigma for rectified flow, v in the angle atan(sigma/alpha) for VP.
     """
 
     def advance(
@@ -281,13 +281,16 @@ class Heun:
 
 
 def _trapezoid(first: Prediction, second: Prediction, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    (a_t, s_t), (a_s, s_s) = _levels(first.process, t, x), _levels(first.process, s, x)
-    if isinstance(first.process, Flow):
-        slope = (first.flow + second.flow) / 2
-        return x + (s_s - s_t).to(slope.dtype) * slope
-    slope = (first.eps + second.eps) / 2
-    scale = a_s / a_t
-    return scale.to(slope.dtype) * x + (s_s - scale * s_t).to(slope.dtype) * slope
+    (clock_t, slope), (clock_s, end) = _slope(first, t, x), _slope(second, s, x)
+    return x + (clock_s - clock_t).to(slope.dtype) * (slope + end) / 2
+
+
+def _slope(pred: Prediction, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The clock in which the path is smoothest, and dx/dclock: the angle atan(sigma/alpha) and v for VP, else sigma."""
+    alpha, sigma = _levels(pred.process, t, x)
+    if isinstance(pred.process, VP):
+        return torch.atan2(sigma, alpha), pred.v
+    return sigma, pred.flow if isinstance(pred.process, Flow) else pred.eps
 
 
 @dataclass(frozen=True)
