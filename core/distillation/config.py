@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from limbeck.core.diffusion.config import TimeLaw, Uniform
+from limbeck.core.diffusion.config import Edm, ProcessConfig, TimeLaw, Uniform
 from limbeck.core.run.config import OptimConfig
 from limbeck.core.scheduled import Scheduled
 
@@ -182,3 +182,33 @@ class Score(Config):
     shift_random: bool = True  # u uniform in (0, 1), or 1
     critic: CriticConfig | None = None  # null: the default critic, where the operator reads one
     reduction: Reduction = "sum"
+
+
+class Ring4Teacher(Config):
+    """The exact denoiser of ring4; `labels` makes it conditional on the mode."""
+
+    process: ProcessConfig = Edm()
+    labels: bool = False
+
+
+class Ring4Student(Config):
+    """A small net from noise to sample."""
+
+    width: Count = 128
+    depth: Count = 3
+
+
+class Ring4Data(Config):
+    """Exact samples of ring4."""
+
+
+class Ring4Space(Config):
+    """Scatter plots of that many points."""
+
+    count: Count = 2000
+
+
+class EnergyDistance(Config):
+    """Energy distance and mode shares on that many samples."""
+
+    count: Count = 4000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,12 @@ class FlatNet(nn.Module):
 
 def mlp_denoiser(model: Model, width: int, depth: int, sigma_data: float, null: Encoded) -> Preconditioned:
     """A small net of the teacher's process, EDM-preconditioned, its hidden layer tapped for heads."""
-    classes = int(getattr(model.denoiser, "classes", 0)) if "label" in null else 0
+    classes = _label_count(model.denoiser) if "label" in null else 0
     net = FlatNet(model.shape, classes, width, depth)
     return Preconditioned(net, model.denoiser.process, sigma_data, taps=("body",))
+
+
+def _label_count(denoiser: Denoiser) -> int:
+    """How many labels a closed-form teacher knows: a number, or one label a component."""
+    classes: Any = getattr(denoiser, "classes", 0)
+    return int(classes.max()) + 1 if isinstance(classes, Tensor) else int(classes)
