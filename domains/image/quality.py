@@ -1,0 +1,207 @@
+"""The metric `image.quality`: a student beside its teacher at several numbers of steps, and beside real pictures.
+
+All numbers are taken on 64 fixed principal components of EfficientNet-lite0 features of pictures of the 256 evaluation
+names. One half of the reference plays the generator in the row "data": its FD-lite0 is the floor, its retrieval@1 the
+ceiling.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from limbeck.core.diffusion.denoiser import FewStep, Model
+from limbeck.core.run.build import Build
+from limbeck.core.run.errors import BadInput
+from limbeck.core.run.rng import generator
+from limbeck.domains.image import data, metrics
+from limbeck.domains.image.config import Quality
+from limbeck.domains.image.features import Lite0
+from limbeck.domains.image.pipelines.sampling import sample as sample_teacher
+
+FOLDER = Path(__file__).parent / "assets" / "fluent-32"
+COMPONENTS = 64
+HALF = 8  # real pictures of each name in one half of the reference
+Row = dict[str, float | str]
+Sampler = Callable[[torch.Generator, list[str]], Tensor]  # prompts -> pictures [B,3,H,W] in [-1,1]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real pictures of the evaluation names as features [C,M,D], with the components they are taken on."""
+
+    mean: Tensor  # [1280]
+    components: Tensor  # [1280,D], divided by one number so that the components' mean variance is one
+    floor: Tensor  # the half that plays the generator
+    real: Tensor  # the half that everything is compared with
+
+    def project(self, features: Tensor, captions: int) -> Tensor:
+        """lite0 features [C*M,1280], pictures of one caption together -> [C,M,D] float32."""
+        out = (features.double() - self.mean.double()) @ self.components.double()
+        return out.float().view(captions, -1, self.components.shape[1])
+
+
+def fit(floor: Tensor, real: Tensor, captions: int, width: int = COMPONENTS) -> Reference:
+    """Principal components of the half `real`, and both halves on them; lite0 features [C*M,1280]."""
+    mean = real.double().mean(0)
+    _, singular, basis = torch.linalg.svd(real.double() - mean, full_matrices=False)
+    scale = (singular[:width].square().mean() / len(real)).sqrt()
+    made = Reference(mean.float(), (basis[:width].T / scale).float(), floor, real)
+    return Reference(made.mean, made.components, made.project(floor, captions), made.project(real, captions))
+
+
+def fingerprint() -> str:
+    """SHA-256 of what the reference is drawn from: pictures, names and the feature net."""
+    assets = FOLDER.parent
+    files = ("fluent/pictures-32.webp", "fluent/captions.json", "lite0/model.safetensors")
+    return hashlib.sha256(b"".join((assets / file).read_bytes() for file in files)).hexdigest()
+
+
+def build_reference(path: Path = FOLDER / "reference.safetensors") -> None:
+    """Draws, measures and writes the reference (`limbeck assets build reference`, a minute)."""
+    pictures, net = data.FluentData(), Lite0()
+    chosen = torch.tensor([pictures.index[name] for name in pictures.eval_names]).repeat_interleave(HALF)
+    halves = [pictures.batch(chosen, generator(0, f"reference {h}", 0), "name")[0] for h in ("floor", "real")]
+    made = fit(net.features(halves[0]), net.features(halves[1]), len(pictures.eval_names))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(vars(made), path, {"fingerprint": fingerprint()})
+
+
+def load_reference(path: Path = FOLDER / "reference.safetensors") -> Reference:
+    """The committed reference; refused where pictures, names or feature net have changed since."""
+    if not path.exists():
+        raise BadInput(f"{path.name} is missing: run `limbeck assets build reference`")
+    with safe_open(path, "pt") as file:
+        if (file.metadata() or {}).get("fingerprint") != fingerprint():
+            raise BadInput(f"{path.name} is older than the embedded pictures: run `limbeck assets build reference`")
+        return Reference(**{name: file.get_tensor(name) for name in ("mean", "components", "floor", "real")})
+
+
+def digest(net: nn.Module) -> str:
+    """SHA-256 of a network's parameters and buffers, by name, in float32."""
+    total = hashlib.sha256()
+    for name, value in sorted(net.state_dict().items()):
+        total.update(name.encode())
+        total.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def student_sampler(model: Model, student: FewStep) -> Sampler:
+    """The student in its own number of steps, without guidance."""
+
+    def sample(gen: torch.Generator, prompts: list[str]) -> Tensor:
+        draws = [noise(model, gen, len(prompts)) for _ in student.times]
+        return model.codec.decode(student.sample(draws[0], model.encode(prompts), draws[1:]).x)
+
+    return sample
+
+
+def teacher_sampler(model: Model, steps: int, guidance: float | None) -> Sampler:
+    """The teacher in its family's own sampler, from the same first noise as the student."""
+
+    def sample(gen: torch.Generator, prompts: list[str]) -> Tensor:
+        return model.codec.decode(sample_teacher(model, noise(model, gen, len(prompts)), prompts, steps, guidance))
+
+    return sample
+
+
+def noise(model: Model, gen: torch.Generator, count: int) -> Tensor:
+    """Noise [count,*S] on the model's device."""
+    device = next(model.denoiser.parameters()).device
+    return torch.randn(count, *model.shape, generator=gen).to(device)
+
+
+def prompts(per_name: int) -> list[str]:
+    """Each evaluation name `per_name` times, one after another."""
+    return [name for name in data.EVAL_NAMES for _ in range(per_name)]
+
+
+@torch.no_grad()
+def measure(sampler: Sampler, config: Quality, reference: Reference, net: Lite0) -> Tensor:
+    """Draws config.count pictures, a batch at a time, and takes their features -> [C,M,D]."""
+    texts = prompts(config.count // len(data.EVAL_NAMES))
+    parts = [texts[start : start + config.batch] for start in range(0, len(texts), config.batch)]
+    found = [net.features(sampler(generator(config.seed, "quality", i), part)) for i, part in enumerate(parts)]
+    return reference.project(torch.cat(found), len(data.EVAL_NAMES))
+
+
+@torch.no_grad()
+def seconds(sampler: Sampler, config: Quality) -> float:
+    """Wall time a picture, text encoding included, over one batch of `timed` pictures after a first small one."""
+    gen, texts = generator(config.seed, "quality", 0), prompts(1)
+    sampler(gen, texts[:1]).cpu()
+    start = time.perf_counter()
+    sampler(gen, texts[: config.timed]).cpu()
+    return (time.perf_counter() - start) / config.timed
+
+
+def row(name: str, steps: int, found: Tensor, reference: Reference, config: Quality, took: float | None) -> Row:
+    """One line of the table: everything measured on the features [C,M,D] of one generator."""
+    real = reference.real
+    precision, recall = metrics.precision_recall(found, real, config.neighbours)
+    return {
+        "generator": name,
+        "steps": steps,
+        "FD-lite0": metrics.frechet_distance(found, real),
+        "floor": metrics.frechet_distance(reference.floor[:, : found.shape[1]], real),
+        "KD": metrics.kernel_distance(found, real),
+        "retrieval@1": metrics.retrieval(found, real),
+        "spread": metrics.spread(found, real),
+        "precision": precision,
+        "recall": recall,
+        "seconds a picture": "" if took is None else took,
+    }
+
+
+def cache_key(model: Model, config: Quality) -> str:
+    """What cached teacher features depend on, apart from the number of steps."""
+    drawn = [config.guidance, config.count, config.seed, config.batch]
+    return json.dumps([digest(model.denoiser), fingerprint(), *drawn])
+
+
+def cached(model: Model, config: Quality, path: Path = FOLDER / "teacher.safetensors") -> dict[int, Tensor]:
+    """Features by number of steps for the embedded teacher in these very settings; empty for any other."""
+    if model.name != FOLDER.name or not path.exists():
+        return {}
+    with safe_open(path, "pt") as file:
+        if (file.metadata() or {}).get("key") != cache_key(model, config):
+            return {}
+        return {int(name): file.get_tensor(name) for name in file.keys()}
+
+
+def build_teacher(path: Path = FOLDER / "teacher.safetensors") -> None:
+    """Measures the embedded teacher and writes its features (`limbeck assets build teacher-features`, minutes)."""
+    from limbeck.domains.image.teacher import embedded
+
+    config, model, net, reference = Quality(), embedded(FOLDER.name), Lite0(), load_reference()
+    samplers = {steps: teacher_sampler(model, steps, config.guidance) for steps in config.teacher_steps}
+    found = {str(steps): measure(sampler, config, reference, net) for steps, sampler in samplers.items()}
+    save_file(found, path, {"key": cache_key(model, config)})
+
+
+def build(config: Quality, build: Build) -> Callable[[], list[Row]]:
+    """The metric `image.quality`."""
+
+    def rows() -> list[Row]:
+        model, student = build.piece("teacher"), build.piece("student")
+        reference, net = load_reference(), Lite0(device=build.device)
+        known = cached(model, config)
+        pictures = config.count // len(data.EVAL_NAMES)
+        table = [row("data", 0, reference.floor[:, :pictures], reference, config, None)]
+        sampler = student_sampler(model, student)
+        found = measure(sampler, config, reference, net)
+        table.append(row("student", len(student.times), found, reference, config, seconds(sampler, config)))
+        for steps in config.teacher_steps:
+            sampler = teacher_sampler(model, steps, config.guidance)
+            found = known[steps] if steps in known else measure(sampler, config, reference, net)
+            table.append(row("teacher", steps, found, reference, config, seconds(sampler, config)))
+        return table
+
+    return rows

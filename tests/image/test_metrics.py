@@ -1,0 +1,215 @@
+"""The measures against closed forms and planted faults, and on the committed reference."""
+
+import functools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from limbeck.core.run.errors import BadInput
+from limbeck.core.run.rng import generator
+from limbeck.domains.image import metrics, quality
+from limbeck.domains.image.config import Quality
+from limbeck.domains.image.data import EVAL_NAMES, FluentData
+from limbeck.domains.image.features import Lite0
+from limbeck.domains.image.quality import Reference
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def spd(width: int, seed: int) -> Tensor:
+    half = normal(width, width, seed=seed)
+    return half @ half.T / width + 0.1 * torch.eye(width)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return quality.load_reference()
+
+
+# Frechet distance
+
+
+def test_frechet_of_diagonal_gaussians() -> None:
+    a, b = torch.rand(2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.1
+    shift = normal(8)
+    want = shift.square().sum() + (a.sqrt() - b.sqrt()).square().sum()
+    assert metrics.frechet(shift, a.diag(), torch.zeros(8), b.diag()) == pytest.approx(float(want), abs=1e-12)
+
+
+def test_frechet_of_gaussians_that_do_not_commute() -> None:
+    """In two dimensions tr (AB)^1/2 = (tr AB + 2 (det AB)^1/2)^1/2."""
+    a, b = spd(2, 1), spd(2, 2)
+    assert (a @ b - b @ a).abs().max() > 0.01
+    cross = ((a @ b).trace() + 2 * (a @ b).det().sqrt()).sqrt()
+    want = float(a.trace() + b.trace() - 2 * cross)
+    assert metrics.frechet(torch.zeros(2), a, torch.zeros(2), b) == pytest.approx(want, abs=1e-12)
+
+
+def test_frechet_distance_of_samples() -> None:
+    x, y = normal(20000, 4), 2 * normal(20000, 4, seed=1) + 1
+    assert metrics.frechet_distance(x, y) == pytest.approx(4 + 4, rel=0.03)
+    assert metrics.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_distance_sees_a_shift_and_a_sign() -> None:
+    x = normal(2048, 8) + 1
+    assert metrics.frechet_distance(x, x + 0.5) == pytest.approx(8 * 0.25, abs=1e-9)
+    assert metrics.frechet_distance(x, -x) == pytest.approx(float((2 * x.mean(0)).square().sum()), abs=1e-9)
+
+
+def test_too_few_pictures_are_refused() -> None:
+    with pytest.raises(BadInput, match="at least 1024 pictures"):
+        metrics.frechet_distance(normal(1023, 4), normal(4096, 4))
+    with pytest.raises(BadInput, match="at least two pictures"):
+        metrics.spread(normal(8, 1, 4), normal(8, 4, 4))
+
+
+# Kernel distance
+
+
+def test_kernel_distance_by_explicit_sums() -> None:
+    x, y = normal(4, 3), normal(5, 3, seed=1)
+
+    def kernel(a: Tensor, b: Tensor) -> float:
+        return (float(a @ b) / 3 + 1) ** 3
+
+    own_x = sum(kernel(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j) / (4 * 3)
+    own_y = sum(kernel(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j) / (5 * 4)
+    between = sum(kernel(a, b) for a in x for b in y) / (4 * 5)
+    assert metrics.kernel_distance(x, y) == pytest.approx(own_x + own_y - 2 * between, abs=1e-12)
+
+
+def test_kernel_distance_is_unbiased_and_sees_shift_and_scale() -> None:
+    same = [metrics.kernel_distance(normal(200, 8, seed=2 * i), normal(200, 8, seed=2 * i + 1)) for i in range(50)]
+    mean, deviation = torch.tensor(same).mean(), torch.tensor(same).std() / math.sqrt(50)
+    assert abs(mean) < 3 * deviation
+    assert metrics.kernel_distance(normal(200, 8), normal(200, 8, seed=1) + 0.5) > 10 * torch.tensor(same).std()
+    assert metrics.kernel_distance(normal(200, 8), normal(200, 8, seed=1) * 2) > 10 * torch.tensor(same).std()
+
+
+# Retrieval
+
+
+def captions(count: int, pictures: int, seed: int, nuisance: float = 30.0) -> Tensor:
+    """[C,M,16]: captions differ in eight directions, pictures of one caption mostly in one other direction."""
+    x = normal(count, 1, 16) + 0.1 * normal(count, pictures, 16, seed=seed)
+    x[..., 8:] = 0.1 * normal(count, pictures, 8, seed=seed + 100)
+    x[..., -1] = nuisance * normal(count, pictures, seed=seed + 200)
+    return x
+
+
+def test_retrieval_needs_and_has_whitening(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, ref = captions(256, 4, seed=1), captions(256, 8, seed=2)
+    monkeypatch.setattr(metrics, "SHRINK", 1e-4)
+    assert metrics.retrieval(x, ref) > 0.99
+    monkeypatch.setattr(metrics, "whitener", lambda reference: torch.eye(16, dtype=torch.float64))
+    assert metrics.retrieval(x, ref) < 0.2
+
+
+def test_whitener_makes_the_covariance_within_captions_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "SHRINK", 0.0)
+    ref = captions(64, 8, seed=1)
+    white = (ref - ref.mean(1, keepdim=True)).flatten(0, 1) @ metrics.whitener(ref)
+    assert torch.allclose(white.T @ white / (64 * 7), torch.eye(16, dtype=torch.float64), atol=1e-8)
+
+
+# Spread, precision and recall
+
+
+def test_spread_is_scale_against_scale() -> None:
+    assert metrics.spread(0.5 * normal(256, 4, 16), normal(256, 8, 16, seed=1)) == pytest.approx(0.5, rel=0.03)
+    far_apart = 100 * normal(256, 1, 16) + normal(256, 4, 16, seed=1)  # captions far apart are no spread within them
+    assert metrics.spread(far_apart, normal(256, 8, 16, seed=2)) == pytest.approx(1, rel=0.03)
+    assert metrics.spread(normal(256, 1, 16).expand(-1, 4, -1), normal(256, 8, 16)) == pytest.approx(0, abs=1e-9)
+
+
+def test_precision_and_recall_of_lost_modes_and_of_junk() -> None:
+    centres = 20 * normal(64, 1, 8)
+    real, fake = centres + normal(64, 8, 8, seed=1), centres + normal(64, 8, 8, seed=2)
+    precision, recall = metrics.precision_recall(fake, real)
+    assert min(precision, recall) > 0.5
+    assert metrics.precision_recall(fake[:32], real)[1] < 0.6 * recall  # half the modes
+    assert metrics.precision_recall(fake + 100, real) == (0, 0)
+    junk = torch.cat([fake[:, :4], fake[:, 4:] + 100], 1)
+    assert metrics.precision_recall(junk, real)[0] == pytest.approx(precision / 2, abs=0.1)
+
+
+def test_ball_of_a_known_radius() -> None:
+    line = torch.arange(10.0)[:, None]  # the second neighbour of every inner point is one away, of the ends two
+    inside = [metrics.coverage(torch.tensor([[place]]), line, 2) for place in (-2.0, -2.1, 4.5)]
+    assert inside == [1, 0, 1]
+
+
+# The committed reference
+
+
+def test_ceiling_and_floor_of_real_pictures(reference: Reference) -> None:
+    found = quality.row("data", 0, reference.floor[:, :4], reference, Quality(), None)
+    assert found["retrieval@1"] >= 0.98
+    assert found["spread"] == pytest.approx(1, abs=0.05)
+    assert found["FD-lite0"] == found["floor"] < 0.5
+    assert found["KD"] == pytest.approx(0, abs=0.05)
+    assert min(found["precision"], found["recall"]) > 0.9
+
+
+def test_components_have_mean_variance_one_and_no_covariance(reference: Reference) -> None:
+    covariance = metrics.covariance(metrics.flat(reference.real))
+    assert covariance.diagonal().mean() == pytest.approx(1, abs=1e-2)
+    assert (covariance - covariance.diagonal().diag()).abs().max() < 1e-2
+    assert metrics.flat(reference.real).mean(0).abs().max() < 1e-3
+
+
+def test_faulty_generators_are_caught(reference: Reference) -> None:
+    good = reference.floor[:, :4]
+    judge = functools.partial(quality.row, steps=1, reference=reference, config=Quality(), took=None)
+    shuffled = judge("shuffled", found=good[torch.randperm(256, generator=torch.Generator().manual_seed(0))])
+    assert shuffled["retrieval@1"] < 4 / 256 and shuffled["FD-lite0"] == pytest.approx(shuffled["floor"])
+    collapsed = judge("collapsed", found=good[:, :1].expand(-1, 4, -1))
+    assert collapsed["spread"] == pytest.approx(0, abs=1e-6)
+    assert collapsed["retrieval@1"] > 0.9 and collapsed["recall"] == 0
+    one = judge("one picture", found=good[:1].expand(256, -1, -1))
+    assert one["FD-lite0"] > 50 * one["floor"] and one["retrieval@1"] == pytest.approx(1 / 256, abs=0.01)
+    assert judge("shifted", found=good + 0.5)["FD-lite0"] > 0.9 * 64 * 0.25
+    negative = judge("negative", found=-good)  # same mean and covariance: only the kernel and the captions see it
+    assert negative["FD-lite0"] == pytest.approx(negative["floor"], abs=1e-3)
+    assert negative["KD"] > 0.03 and negative["retrieval@1"] < 0.05
+
+
+def test_a_stale_or_missing_reference_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BadInput, match="limbeck assets build reference"):
+        quality.load_reference(tmp_path / "none.safetensors")
+    monkeypatch.setattr(quality, "fingerprint", lambda: "other pictures")
+    with pytest.raises(BadInput, match="older than the embedded pictures"):
+        quality.load_reference()
+
+
+# From pictures to the table
+
+
+@pytest.mark.timeout(120)
+def test_fresh_real_pictures_measure_as_real(reference: Reference) -> None:
+    """Pictures drawn by prompt, through the feature net and the projection."""
+    pictures = FluentData()
+
+    def draw(gen: torch.Generator, prompts: list[str]) -> Tensor:
+        return pictures.batch(torch.tensor([pictures.index[p] for p in prompts]), gen, "name")[0]
+
+    found = quality.measure(draw, Quality(seed=5), reference, Lite0())
+    row = quality.row("fresh", 0, found, reference, Quality(), None)
+    assert row["retrieval@1"] >= 0.98 and row["FD-lite0"] < 1.2 * row["floor"]
+    assert row["spread"] == pytest.approx(1, abs=0.05)
+
+
+def test_prompts_are_grouped_by_name() -> None:
+    assert quality.prompts(2)[:4] == [EVAL_NAMES[0]] * 2 + [EVAL_NAMES[1]] * 2
+    assert len(quality.prompts(4)) == 1024 == Quality().count
+
+
+def test_noise_is_shared_by_generators_of_one_seed() -> None:
+    first, second = (generator(0, "quality", 3) for _ in range(2))
+    assert torch.equal(torch.randn(4, generator=first), torch.randn(4, generator=second))
