@@ -1,0 +1,138 @@
+"""Students of image teachers (a LoRA patch on the frozen net, or a full copy) and exports that diffusers reads."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from limbeck.core.diffusion.denoiser import Denoiser, FewStep, Model, Network
+from limbeck.core.distillation.lora import LoRA, Patched
+from limbeck.core.run.build import Build
+from limbeck.core.run.errors import BadInput
+from limbeck.domains.image import models
+from limbeck.domains.image.config import Student
+from limbeck.domains.image.pipelines import PipelineModel
+from limbeck.domains.image.pipelines.loading import TokenFeatures
+
+RANK = 64  # of `lora: auto`
+
+
+def attach(model: PipelineModel, rank: int, alpha: float | None = None, seed: int | None = None) -> Patched:
+    """The teacher's net with LoRA on its family's attention layers (Hu et al. 2021, eq. 3), as a denoiser of its own.
+
+    Its parameters are the LoRA's alone; several (student, critic) may live on one base, and the teacher is that base
+    with all of them off, bit for bit. A seed draws A without touching the global generator.
+    """
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        return Patched(model.denoiser, LoRA(model.net, rank, alpha, model.family.targets))
+
+
+def full_copy(model: Model) -> Denoiser:
+    """A trainable float32 copy of the teacher."""
+    return copy.deepcopy(model.denoiser).float().requires_grad_(True)
+
+
+def build(config: Student, build: Build) -> FewStep:
+    """The slot `student`: few steps, at first the teacher itself; `lora: auto` patches pipelines, copies the rest."""
+    model: Model = build.piece("teacher")
+    rank = config.lora
+    if rank == "auto":
+        rank = RANK if isinstance(model, PipelineModel) else None
+    if rank is None:
+        return FewStep(full_copy(model), config.times)
+    if not isinstance(model, PipelineModel):
+        raise BadInput(
+            f"student.lora: {model.name} is no diffusers pipeline; set student.lora=null to train a full copy"
+        )
+    return FewStep(attach(model, rank, config.alpha), config.times)
+
+
+def peft_tensors(lora: LoRA) -> dict[str, Tensor]:
+    """`<layer>.lora_A.weight` and `<layer>.lora_B.weight`, alpha/rank folded into B: every loader's scale is then 1."""
+    out: dict[str, Tensor] = {}
+    for key, down in lora.down.items():
+        name, up = key.replace("/", "."), lora.up[key]
+        out[f"{name}.lora_A.weight"] = _weight(down).detach().cpu().contiguous()
+        out[f"{name}.lora_B.weight"] = (lora.scale * _weight(up).detach()).cpu().contiguous()
+    return out
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def save_lora(model: PipelineModel, lora: LoRA, folder: Path) -> list[Path]:
+    """Write what `pipe.load_lora_weights(folder)` reads; pipelines without that method (PixArt) get a peft folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = peft_tensors(lora)
+    if not hasattr(model.pipe, "save_lora_weights"):
+        return save_peft(tensors, folder)
+    layers: dict[str, Any] = {f"{model.family.net}_lora_layers": tensors}
+    model.pipe.save_lora_weights(folder, safe_serialization=True, **layers)
+    return [folder / "pytorch_lora_weights.safetensors"]
+
+
+def save_peft(tensors: dict[str, Tensor], folder: Path) -> list[Path]:
+    """peft's own layout: `pipe.transformer = PeftModel.from_pretrained(pipe.transformer, folder)`."""
+    names = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
+    rank = next(value.shape[0] for key, value in tensors.items() if ".lora_A." in key)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": names}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file({f"base_model.model.{key}": t for key, t in tensors.items()}, folder / "adapter_model.safetensors")
+    return [folder / "adapter_model.safetensors", folder / "adapter_config.json"]
+
+
+def merged(model: PipelineModel, lora: LoRA) -> nn.Module:
+    """A copy of the net with W + (alpha/rank) B A written into its weights."""
+    net = copy.deepcopy(model.net)
+    tensors = peft_tensors(lora)
+    with torch.no_grad():
+        for key in lora.down:
+            name = key.replace("/", ".")
+            weight = _weight(net.get_submodule(name))
+            low, high = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
+            weight += (high @ low).to(weight)
+    return net
+
+
+def export_lora(build: Build, path: Path) -> list[Path]:
+    """`limbeck export RUN --format lora`."""
+    model, denoiser = build.piece("teacher"), build.piece("student").denoiser
+    if not isinstance(denoiser, Patched):
+        raise BadInput(
+            "this student is a full copy, it has no LoRA; use --format diffusers, or train with student.lora=64"
+        )
+    return save_lora(model, denoiser.lora, path)
+
+
+def export_folder(build: Build, path: Path) -> list[Path]:
+    """`limbeck export RUN --format diffusers`: the teacher's own folder layout with the student's weights."""
+    model, denoiser = build.piece("teacher"), build.piece("student").denoiser
+    if not isinstance(model, PipelineModel):
+        path.mkdir(parents=True, exist_ok=True)
+        models.save_teacher(_plain(denoiser), path, {"times": list(build.piece("student").times)})
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    net = merged(model, denoiser.lora) if isinstance(denoiser, Patched) else _plain(denoiser)
+    kept = model.net
+    try:
+        setattr(model.pipe, model.family.net, net)
+        model.pipe.save_pretrained(path, safe_serialization=True)
+    finally:
+        setattr(model.pipe, model.family.net, kept)
+    return sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def _plain(denoiser: Denoiser) -> nn.Module:
+    inner = denoiser.inner if isinstance(denoiser, TokenFeatures) else denoiser
+    assert isinstance(inner, Network)
+    return inner.net

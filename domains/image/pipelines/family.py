@@ -1,0 +1,57 @@
+"""What a family of pipelines must say about itself; one file a family fills this in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.core.diffusion.denoiser import Encoded
+
+Pipe = Any  # a diffusers pipeline; its base class has no useful types
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+JOINT = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The choices of a user that reach the family's conditions."""
+
+    size: int  # pixels, square
+    guidance: float  # enters the condition only where the net embeds it (Flux)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family: how its pipeline encodes text and how its net is called (time as the net wants it).
+
+    call(net, x, time, cond) -> raw [B,C,H,W]; encode(pipe, prompts, options) -> Encoded, one row a prompt.
+    """
+
+    name: str
+    pipelines: tuple[str, ...]  # class names in model_index.json
+    net: str  # the component that denoises
+    encode: Callable[[Pipe, list[str], Options], Encoded]
+    call: Callable[[nn.Module, Tensor, Tensor, Encoded], Tensor]
+    sample_size: Callable[[Pipe], int]  # the family's usual side in pixels
+    targets: tuple[str, ...]  # modules that LoRA adapts
+    taps: Callable[[nn.Module], tuple[str, ...]]  # submodules whose outputs are the features for adversarial heads
+    guidance: float  # the pipeline's own default
+    channels: Callable[[nn.Module], int] = field(default=lambda net: int(net.config.in_channels))
+    patch: int = 2  # latents per image token and side
+    flow_scale: float = 1000.0  # the time of a flow net is this times sigma
+    linear_sigmas: bool = False  # the pipeline hands sigmas 1 ... 1/n to its scheduler
+    embeds_guidance: bool = False
+
+
+def guidance_rows(value: float, like: Tensor) -> Tensor:
+    """The guidance scale as a condition, one number a row."""
+    return torch.full((len(like),), value, dtype=torch.float32, device=like.device)
+
+
+def middle_block(net: nn.Module) -> int:
+    """Index of the block in the middle of a transformer."""
+    return (len(net.transformer_blocks) - 1) // 2  # type: ignore[arg-type]

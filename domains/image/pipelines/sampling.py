@@ -1,0 +1,50 @@
+"""Samples of a teacher as its own pipeline draws them: its grid, its guidance, DDIM (Euler for rectified flow)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from limbeck.core.diffusion.denoiser import Denoiser, Encoded, Model
+from limbeck.core.diffusion.guidance import guide
+from limbeck.core.diffusion.sampling import ddim, times
+from limbeck.core.diffusion.sampling import sample as walk
+from limbeck.domains.image.pipelines import schedule
+from limbeck.domains.image.pipelines.loading import PipelineModel
+
+
+def default_times(model: Model, steps: int) -> Tensor:
+    """The family's own grid t_0 > ... > t_steps, float32; uniform for models without a pipeline."""
+    if isinstance(model, PipelineModel):
+        return schedule.grid(model.pipe.scheduler, steps, model.tokens, model.family.linear_sigmas).float()
+    return times(steps, model.denoiser.process)
+
+
+def guided(
+    model: Model, cond: Encoded, guidance: float | None, negative: str | None = None
+) -> tuple[Denoiser, Encoded]:
+    """(denoiser, cond) at a guidance scale: an input of the net where it embeds guidance, else CFG in one forward.
+
+    As in diffusers, a scale of at most 1 is the conditional prediction alone; None is the pipeline's own default.
+    """
+    if guidance is None:
+        guidance = model.options.guidance if isinstance(model, PipelineModel) else 1.0
+    if "guidance" in cond:
+        return model.denoiser, {**cond, "guidance": torch.full_like(cond["guidance"], guidance)}
+    if guidance <= 1:
+        return model.denoiser, cond
+    null = model.encode([model.uncond if negative is None else negative])
+    return guide(model.denoiser, null, guidance), cond
+
+
+def sample(
+    model: Model,
+    noise: Tensor,
+    prompts: list[str],
+    steps: int,
+    guidance: float | None = None,
+    negative: str | None = None,
+) -> Tensor:
+    """x [B,*S] of the teacher from standard normal noise, without gradient (pixels: `model.codec.decode`)."""
+    denoiser, cond = guided(model, model.encode(prompts), guidance, negative)
+    return walk(denoiser, noise, default_times(model, steps), ddim(), cond=cond)

@@ -1,0 +1,31 @@
+"""Stable Diffusion 3 and 3.5: a two-stream transformer, rectified flow."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from limbeck.core.diffusion.denoiser import Encoded
+from limbeck.domains.image.pipelines.family import JOINT, Family, Options, Pipe, middle_block
+
+
+def encode(pipe: Pipe, prompts: list[str], options: Options) -> Encoded:
+    states, _, pooled, _ = pipe.encode_prompt(
+        prompts, None, None, device=pipe.device, do_classifier_free_guidance=False)  # fmt: skip
+    return {"states": states, "pooled": pooled}
+
+
+def call(net: nn.Module, x: Tensor, time: Tensor, cond: Encoded) -> Tensor:
+    return net(x, cond["states"], cond["pooled"], time, return_dict=False)[0]
+
+
+def sample_size(pipe: Pipe) -> int:
+    return int(pipe.transformer.config.sample_size * pipe.vae_scale_factor)
+
+
+def taps(net: nn.Module) -> tuple[str, ...]:
+    return (f"transformer_blocks.{middle_block(net)}.ff",)
+
+
+SD3 = Family(
+    name="stable-diffusion-3", pipelines=("StableDiffusion3Pipeline",), net="transformer", encode=encode, call=call,
+    sample_size=sample_size, targets=JOINT, taps=taps, guidance=7.0)  # fmt: skip
