@@ -1,0 +1,64 @@
+"""What a recipe may say about the image pieces (torch-free)."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Size = Annotated[int, Field(ge=8, le=4096)]
+Times = Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1, max_length=64)]
+
+
+class Config(BaseModel):
+    """Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Fluent(Config):
+    """The embedded captioned pictures."""
+
+    size: Literal[32, 64] = 32
+    captions: Literal["name", "mixed"] = "mixed"  # "mixed": a third at the level of the group or a keyword
+
+
+class FreshUNet(Config):
+    """A small text-to-image U-Net from random weights: what `image/teacher` trains."""
+
+    size: Literal[32, 64] = 32
+    channels: Annotated[list[Annotated[int, Field(ge=32, multiple_of=32)]], Field(min_length=2, max_length=5)] = [64, 128, 192]
+    layers: Annotated[int, Field(ge=1, le=4)] = 1
+
+
+class Pictures(Config):
+    """How pictures are shown: the teacher's sampler beside the student's own steps."""
+
+    guidance: Annotated[float, Field(ge=0)] = 3.0  # of the teacher
+    steps: Annotated[int, Field(ge=1, le=1000)] = 30  # of the teacher
+
+
+class Quality(Config):
+    """The table of a student, its teacher and real pictures on the 256 evaluation names."""
+
+    count: Annotated[int, Field(ge=1024, le=65536, multiple_of=256)] = 1024  # pictures of each generator
+    teacher_steps: list[Annotated[int, Field(ge=1, le=1000)]] = [1, 4, 30]
+    guidance: Annotated[float, Field(ge=0)] = 3.0  # of the teacher
+    neighbours: Annotated[int, Field(ge=1, le=64)] = 3  # of precision and recall
+    batch: Annotated[int, Field(ge=1, le=4096)] = 64
+    timed: Annotated[int, Field(ge=1, le=256)] = 16  # pictures in one batch that is timed
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Teacher(Config):
+    """A frozen text-to-image model: an embedded name, the folder of a diffusers pipeline, or a hub id."""
+
+    model: Annotated[str, Field(min_length=1, max_length=4096)]
+    size: Size | None = None  # pixels, square; null: the pipeline's own
+    guidance: Annotated[float, Field(ge=0)] | None = None  # for nets that take it as an input (Flux); null: the pipeline's
+
+
+class Student(Config):
+    """A few-step generator that starts as the teacher itself."""
+
+    times: Times = [1.0]  # falling; one time is a one-step generator
+    lora: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] | None = "auto"  # rank; null: a full copy; auto: by teacher
+    alpha: Annotated[float, Field(gt=0)] | None = None  # LoRA's scale is alpha/rank; null: alpha = rank

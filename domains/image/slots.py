@@ -1,0 +1,40 @@
+"""Factories of the embedded image pieces: data, and a fresh network to train as a teacher."""
+
+from __future__ import annotations
+
+import torch
+
+from limbeck.core.diffusion.denoiser import Model
+from limbeck.core.run.build import Batch, Build
+from limbeck.domains.image import config as settings
+from limbeck.domains.image import models
+from limbeck.domains.image.data import FluentData
+from limbeck.domains.image.teacher import embedded_model
+
+
+class FluentPieces:
+    """The slot `data`: draws for the global batch, hands out this process's rows."""
+
+    def __init__(self, config: settings.Fluent) -> None:
+        self.captions = config.captions
+        self.set = FluentData(config.size)
+
+    def batch(self, n: int, gen: torch.Generator, rows: slice) -> Batch:
+        """x [b,3,H,W] in [-1,1] and captions: rows of a batch of n (all are drawn: placing a picture costs .1 ms)."""
+        x, texts, _ = self.set.batch(n, gen, self.captions)
+        return Batch(x[rows], texts[rows])
+
+    def prompts(self, n: int, gen: torch.Generator, rows: slice = slice(None)) -> list[str]:
+        """Captions without pictures."""
+        return self.set.prompts(n, gen, self.captions)[rows]
+
+
+def data(config: settings.Fluent, build: Build) -> FluentPieces:
+    """The slot `data` with the embedded pictures."""
+    return FluentPieces(config)
+
+
+def fresh_teacher(config: settings.FreshUNet, build: Build) -> Model:
+    """The slot `teacher` of `image/teacher`: random weights, rectified flow in pixels, MiniLM token states."""
+    net = models.build_unet(config.size, tuple(config.channels), config.layers).to(build.device)
+    return embedded_model(net, (3, config.size, config.size), "flow", build.device, "fresh")

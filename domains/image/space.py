@@ -1,0 +1,150 @@
+"""The space of pictures: what a run shows, samples and exports."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from limbeck.core.diffusion.denoiser import FewStep, Model
+from limbeck.core.diffusion.guidance import guide
+from limbeck.core.run.build import Build
+from limbeck.core.run.errors import BadInput
+from limbeck.core.run.rng import generator
+from limbeck.domains.image import pipelines
+from limbeck.domains.image.config import Pictures
+
+CELL = 112  # pixels a picture on a sheet
+GAP = 6
+LABEL = 26
+
+
+def to_pictures(pixels: Tensor) -> list[Image.Image]:
+    """Turns pixels [B,3,H,W] in [-1,1] into RGB pictures."""
+    array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in array]
+
+
+def sheet(blocks: dict[str, Sequence[Image.Image]], captions: Sequence[str], columns: int = 4) -> Image.Image:
+    """Lays blocks of pictures side by side (teacher | student), each under its title, captions below the pictures."""
+    rows = -(-len(captions) // columns)
+    width, height = columns * (CELL + GAP) + GAP, rows * (CELL + LABEL) + LABEL + GAP
+    page = Image.new("RGB", (width * len(blocks) + GAP * (len(blocks) - 1), height), "white")
+    draw = ImageDraw.Draw(page)
+    for block, (title, pictures) in enumerate(blocks.items()):
+        left = block * (width + GAP)
+        draw.text((left + GAP, 6), title, fill="black")
+        for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+            x = left + GAP + (index % columns) * (CELL + GAP)
+            y = LABEL + (index // columns) * (CELL + LABEL)
+            resample = Image.Resampling.NEAREST if picture.width < CELL else Image.Resampling.LANCZOS
+            page.paste(picture.resize((CELL, CELL), resample), (x, y))
+            draw.text((x, y + CELL + 3), textwrap.shorten(caption, 19, placeholder="…"), fill="#444")
+    return page
+
+
+def slug(text: str) -> str:
+    """A prompt as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "empty"
+
+
+class ImageSpace:
+    """Shows, samples and exports pictures of the slots `teacher` and `student`.
+
+    Noise comes from the run's seed and the picture's number alone: the same picture at every step of a run.
+    """
+
+    formats = ("diffusers", "lora", "png")
+
+    def __init__(self, config: Pictures) -> None:
+        self.config = config
+        self._teacher_sheet: list[Image.Image] | None = None
+
+    def noise(self, model: Model, seed: int, count: int, device: str | torch.device) -> Tensor:
+        """Noise [count,*S]; row i depends on seed and i only."""
+        rows = [torch.randn(model.shape, generator=generator(seed, "picture", i)) for i in range(count)]
+        return torch.stack(rows).to(device)
+
+    @torch.no_grad()
+    def teacher_pictures(
+        self, build: Build, prompts: list[str], seed: int, steps: int | None = None, guidance: float | None = None
+    ) -> list[Image.Image]:
+        """Pictures of the teacher in its family's own sampler."""
+        model: Model = build.piece("teacher")
+        scale = self.config.guidance if guidance is None else guidance
+        noise = self.noise(model, seed, len(prompts), build.device)
+        x = pipelines.sample(model, noise, prompts, steps or self.config.steps, scale)
+        return to_pictures(model.codec.decode(x))
+
+    @torch.no_grad()
+    def student_pictures(self, build: Build, prompts: list[str], seed: int, guidance: float | None = None) -> list[Image.Image]:
+        """Pictures of the student in its own number of steps (guidance only where asked for: students need none)."""
+        model: Model = build.piece("teacher")
+        student: FewStep = build.piece("student")
+        cond = model.encode(prompts)
+        if guidance is not None:
+            student = FewStep(guide(student.denoiser, model.encode([model.uncond]), guidance), student.times)
+        noise = self.noise(model, seed, len(prompts), build.device)
+        renoise = [self.noise(model, seed + 1 + k, len(prompts), build.device) for k in range(len(student.times) - 1)]
+        return to_pictures(model.codec.decode(student.sample(noise, cond, renoise).x))
+
+    def prompts(self, build: Build) -> list[str]:
+        """The recipe's sample prompts, else the first of the data's."""
+        wanted = build.recipe.sample
+        return list(wanted.prompts) or build.piece("data").prompts(wanted.count, generator(0, "sample prompts", 0))
+
+    def show(self, build: Build, step: int, folder: Path) -> list[Path]:
+        """Writes the sheet teacher | student for the recipe's sample prompts."""
+        prompts, seed = self.prompts(build), build.recipe.seed
+        blocks: dict[str, Sequence[Image.Image]] = {}
+        if build.recipe.teacher is not None:
+            if self._teacher_sheet is None:
+                self._teacher_sheet = self.teacher_pictures(build, prompts, seed)
+            blocks[f"teacher, {self.config.steps} steps"] = self._teacher_sheet
+        pictures = self.student_pictures(build, prompts, seed)
+        count = len(build.piece("student").times)
+        blocks[f"student, {count} step{'s' * (count > 1)}, after {step} training steps"] = pictures
+        path = folder / f"step-{step:08d}.png"
+        sheet(blocks, prompts).save(path)
+        return [path]
+
+    def sample(
+        self, build: Build, prompts: list[str], seed: int, folder: Path, which: str = "student",
+        steps: int | None = None, guidance: float | None = None,
+    ) -> list[Path]:  # fmt: skip
+        """Writes one PNG per prompt."""
+        if which == "student" and steps is not None and steps != len(build.piece("student").times):
+            raise BadInput(f"--steps {steps}: this student was trained for {len(build.piece('student').times)} step(s)")
+        if which == "teacher":
+            pictures = self.teacher_pictures(build, prompts, seed, steps, guidance)
+        else:
+            pictures = self.student_pictures(build, prompts, seed, guidance)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / f"{i:03d}-{slug(prompt)}-seed{seed}.png" for i, prompt in enumerate(prompts)]
+        for path, picture in zip(paths, pictures, strict=True):
+            picture.save(path)
+        return paths
+
+    def export(self, build: Build, path: Path, format: str) -> list[Path]:
+        """Writes the student: `diffusers` (folder), `lora` (safetensors for the teacher's pipeline), `png` (a sheet)."""
+        writers: dict[str, Callable[[], list[Path]]] = {
+            "diffusers": lambda: pipelines.export_folder(build, path),
+            "lora": lambda: pipelines.export_lora(build, path),
+            "png": lambda: self.show(build, build.recipe.steps, _made(path)),
+        }
+        return writers[format]()
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def build(config: Pictures, build: Build) -> ImageSpace:
+    """The slot `space` of image recipes."""
+    return ImageSpace(config)
