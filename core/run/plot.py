@@ -26,7 +26,7 @@ def panel(series: Series, starts: Sequence[float] = ()) -> str:
     scale = _Scale.of(xs, [math.log10(y) for y in ys] if log else ys)
     parts = [_axes(scale, log), *(_stage(scale, x) for x in starts if scale.x0 < x < scale.x1)]
     raw = [(x, math.log10(y) if log else y) for x, y in zip(xs, ys, strict=True)]
-    smooth = _smooth(raw)
+    smooth = [] if series.name.startswith("lr/") else _smooth(raw)
     parts.append(_line(scale, raw, "raw" if smooth else "mean"))
     parts.append(_line(scale, smooth, "mean") if smooth else "")
     label = f"{name} over steps, last value {number(last)}"
@@ -94,7 +94,7 @@ def _stage(scale: _Scale, x: float) -> str:
 
 def _axes(scale: _Scale, log: bool) -> str:
     out = []
-    for tick in _ticks(scale.y0, scale.y1, 4):
+    for tick in _decades(scale.y0, scale.y1) if log else _ticks(scale.y0, scale.y1, 4):
         y, text = scale.y(tick), number(10**tick if log else tick)
         out.append(f'<line class="grid" x1="{LEFT:g}" x2="{WIDTH - RIGHT:g}" y1="{y:.1f}" y2="{y:.1f}"/>')
         out.append(f'<text x="{LEFT - 6:g}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>')
@@ -112,3 +112,12 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
     step = next(base * m for m in (1, 2, 5, 10) if base * m >= rough)
     first = math.ceil(low / step - 1e-9)
     return [round((first + i) * step, 12) for i in range(int((high - first * step) / step + 1e-9) + 1)]
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Exponents of round values between 10^low and 10^high: powers of ten, with 3 between when they are few."""
+    whole = [float(i) for i in range(math.ceil(low), math.floor(high) + 1)]
+    if len(whole) > 5:
+        return whole[:: math.ceil(len(whole) / 5)]
+    half = [i + math.log10(3) for i in range(math.floor(low), math.ceil(high))] if len(whole) < 3 else []
+    return sorted(whole + [tick for tick in half if low <= tick <= high])

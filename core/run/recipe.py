@@ -26,6 +26,20 @@ KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}(\.[A-Za-z0-9_][A-Za-z0-9_-]{0
 SLOTS = {"teacher": "teacher", "student": "student", "data": "data", "space": "space"}
 
 
+REMEDIES = {
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "list_type": "must be a list",
+    "dict_type": "must be a mapping",
+    "model_type": "must be a mapping",
+    "too_short": "must have at least one item",
+    "string_pattern_mismatch": "must be a name made of letters, digits, - and _ (with . or / between parts)",
+}
+
+
 class Strict(BaseModel):
     """The base of every configuration: unknown keys and loose types are refused."""
 
@@ -92,7 +106,7 @@ class Expect(Strict):
 class Input(Strict):
     """An option of `limbeck run RECIPE`: the dotted key it sets, and its help line."""
 
-    set: str = Field(pattern=KEY.pattern.replace(r"\Z", "$"))
+    set: str = Field(pattern="^" + KEY.pattern.replace(r"\Z", "$"))
     help: str = ""
 
 
@@ -232,7 +246,7 @@ def _locate(name_or_path: str) -> tuple[Path, str]:
 
 def _expect_mapping(document: yamlio.Document) -> None:
     if not isinstance(document.data, dict) or not document.data:
-        raise BadInput(f"{clean(document.where)}:1: a recipe is a mapping of keys (steps, batch, …); this is not")
+        raise BadInput(f"{clean(document.where)}:1: a recipe is a mapping of keys; write steps:, batch: and so on")
 
 
 def _extend(document: yamlio.Document, base: Any, path: Path) -> yamlio.Document:
@@ -240,10 +254,13 @@ def _extend(document: yamlio.Document, base: Any, path: Path) -> yamlio.Document
     if not isinstance(base, str) or not base.strip():
         raise BadInput(f"{where}: must be one recipe name or a path relative to this file")
     parent = _base_path(base, path, where)
-    below = yamlio.parse(yamlio.read(parent), str(parent))
-    _expect_mapping(below)
+    try:
+        below = yamlio.parse(yamlio.read(parent), str(parent))
+        _expect_mapping(below)
+    except BadInput as error:
+        raise BadInput(f"{where}: {error}") from None
     if "extends" in below.data:
-        raise BadInput(f"{where}: {clean(base)} extends another recipe itself; extend that one directly")
+        raise BadInput(f"{where}: {clean(base, 80)} has an extends: of its own; name the recipe which that one extends")
     below.data.pop("name", None)
     return yamlio.Document(_merge(below.data, document.data), document.where, document.lines)
 
@@ -259,9 +276,9 @@ def _base_path(base: str, path: Path, where: str) -> Path:
         found = (path.parent / base).resolve()
         roots = [path.parent.resolve(), *(p.parent.parent.resolve() for p in registry().recipes.values() if p == path)]
     except (OSError, ValueError, RuntimeError):
-        raise BadInput(f"{where}: {clean(base)} cannot be followed; name a file beside this one") from None
+        raise BadInput(f"{where}: {clean(base, 80)} cannot be followed; name a file beside this one") from None
     if Path(base).is_absolute() or not any(found.is_relative_to(root) for root in roots):
-        raise BadInput(f"{where}: {clean(base)} lies outside this recipe's folder; copy it beside this file")
+        raise BadInput(f"{where}: {clean(base, 80)} lies outside this recipe's folder; copy it beside this file")
     return found
 
 
@@ -373,7 +390,11 @@ def validate(document: yamlio.Document, texts: Texts | None = None) -> Recipe:
     except ValidationError as error:
         faults = [fault for item in error.errors() for fault in _faults(item, Recipe)]
     typed = texts or {}
-    wanted = {fault.path: typed[fault.path] for fault in faults if fault.wants_text and fault.path in typed}
+    wanted = {
+        fault.path: typed[fault.path]
+        for fault in faults
+        if fault.error["type"] == "string_type" and fault.path in typed
+    }
     if wanted:
         for path, text in wanted.items():
             _put(document.data, path, text)
@@ -381,7 +402,10 @@ def validate(document: yamlio.Document, texts: Texts | None = None) -> Recipe:
     fault = min(faults, key=lambda fault: document.line(fault.path))
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     key = clean(".".join(str(part) for part in fault.path), 120) or "recipe"
-    raise BadInput(f"{clean(document.where)}:{document.line(fault.path)}: {key}: {fault.message}{more}")
+    key += " (set on the command line)" if fault.path in typed else ""
+    raise BadInput(
+        f"{clean(document.where)}:{document.line(fault.path)}: {key}: {_message(fault.error, fault.model)}{more}"
+    )
 
 
 def _put(data: Any, path: yamlio.Keys, value: Any) -> None:
@@ -392,8 +416,8 @@ def _put(data: Any, path: yamlio.Keys, value: Any) -> None:
 
 class _Fault(NamedTuple):
     path: yamlio.Keys
-    message: str
-    wants_text: bool
+    error: Any
+    model: type[BaseModel]
 
 
 def _faults(error: Any, model: type[BaseModel], above: yamlio.Keys = ()) -> list[_Fault]:
@@ -402,7 +426,7 @@ def _faults(error: Any, model: type[BaseModel], above: yamlio.Keys = ()) -> list
     if error["type"] == "piece":
         inner = error["ctx"]
         return [fault for item in inner["errors"] for fault in _faults(item, inner["model"], place)]
-    return [_Fault(place, _message(error, model), error["type"] == "string_type")]
+    return [_Fault(place, error, model)]
 
 
 def _message(error: Any, model: type[BaseModel]) -> str:
@@ -414,9 +438,10 @@ def _message(error: Any, model: type[BaseModel]) -> str:
         return "missing; add this key"
     if kind == "own":
         return str(error["msg"])
-    text = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
-    text = text.replace("String should", "must").replace("a valid dictionary or instance of", "a mapping, the")
-    return clean(f"{text[0].lower()}{text[1:]}, but is {value}" if "must be" in text or "must" in text else text, 300)
+    if kind in REMEDIES:
+        return f"{REMEDIES[kind]}, but is {value}"
+    text = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "must be").replace("Input", "it")
+    return clean(f"{text}, but is {value}" if text.startswith("must be") else text, 300)
 
 
 def _options(model: Any, loc: tuple[Any, ...]) -> list[str]:

@@ -74,9 +74,10 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def _head(folder: Path, raw: dict[str, Any], name: str) -> str:
-    rows, environment = _lines(folder), _json(folder / "environment.json") or {}
+    curves, _ = series(_lines(folder))
+    environment = _json(folder / "environment.json") or {}
     facts = {
-        "steps": rows[-1].get("step") if rows else None,
+        "steps": int(max(one.xs[-1] for one in curves)) if curves else None,
         "batch": raw.get("batch"),
         "seed": raw.get("seed"),
         "device": environment.get("device") if isinstance(environment, dict) else None,

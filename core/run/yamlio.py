@@ -13,7 +13,7 @@ import yaml
 
 from limbeck.core.run.errors import BadInput, clean
 
-MAX_BYTES, MAX_DEPTH, MAX_ALIASES, MAX_NODES, MAX_DIGITS = 256 * 1024, 24, 50, 20_000, 18
+MAX_BYTES, MAX_DEPTH, MAX_ALIASES, MAX_NODES, MAX_DIGITS = 128 * 1024, 24, 50, 10_000, 18
 INT = re.compile(r"[-+]?[0-9]+\Z")
 FLOAT = re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?\Z")
 NOT_FINITE = re.compile(r"[-+]?\.(?:inf|nan)\Z", re.IGNORECASE)
@@ -59,7 +59,8 @@ class _Loader(yaml.SafeLoader):
         alias = isinstance(event, yaml.AliasEvent)
         self.aliases += alias
         if not alias and event.tag is not None:
-            raise _Stop(line, f"the tag {clean(event.tag, 60)} is not allowed; write plain values")
+            tag = clean(event.tag.replace("tag:yaml.org,2002:", "!!"), 60)
+            raise _Stop(line, f"the tag {tag} is not allowed; write plain values")
         if self.depth >= MAX_DEPTH:
             raise _Stop(line, f"nested deeper than {MAX_DEPTH} levels; flatten it")
         if self.aliases > MAX_ALIASES:
@@ -111,18 +112,19 @@ def _plain(node: Any, path: Keys, lines: dict[Keys, int]) -> Any:
 
 
 def _keys(node: Any, path: Keys, lines: dict[Keys, int]) -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
+    pairs: dict[str, Any] = {}
     for key, value in node.value:
-        line, name = key.start_mark.line + 1, clean(getattr(key, "value", ""), 40)
+        line = key.start_mark.line + 1
+        name = clean(key.value, 40) if isinstance(key, yaml.ScalarNode) else "[…]"
         if not isinstance(key, yaml.ScalarNode) or (key.tag == "plain" and not isinstance(_quiet(key.value), str)):
             raise _Stop(line, f"the key {name} under {_dotted(path)} is not text; put it in quotes or rename it")
         if key.tag == "plain" and key.value == "<<":
             raise _Stop(line, "merge keys (<<) are not allowed; write the values out or use extends:")
-        if any(key.value == seen for seen, _ in pairs):
+        if key.value in pairs:
             raise _Stop(line, f'the key "{name}" under {_dotted(path)} appears twice; remove one')
         lines[(*path, key.value)] = line
-        pairs.append((key.value, value))
-    return pairs
+        pairs[key.value] = value
+    return list(pairs.items())
 
 
 def _quiet(text: str) -> Any:
@@ -149,9 +151,12 @@ def parse(text: str, where: str) -> Document:
         raise BadInput(f"{clean(where)}:{stop.line}: {stop.message}") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise BadInput(f"{clean(where)}:{line}: the character {error.character!r} is not allowed; delete it") from None
+        raise BadInput(
+            f"{clean(where)}:{line}: the character U+{error.character:04X} is not allowed; delete it"
+        ) from None
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        ended = "end of stream" in str(error.problem) and error.context_mark
+        mark = error.context_mark if ended else error.problem_mark or error.context_mark
         place = f"{clean(where)}:{mark.line + 1 if mark else 1}"
         raise BadInput(f"{place}: not valid YAML: {clean(error.problem or error.context)}; fix this line") from None
     return Document(data, where, lines)
