@@ -99,16 +99,18 @@ class ImageSpace:
         return list(wanted.prompts) or build.piece("data").prompts(wanted.count, generator(0, "sample prompts", 0))
 
     def show(self, build: Build, step: int, folder: Path) -> list[Path]:
-        """Writes the sheet teacher | student for the recipe's sample prompts."""
-        prompts, seed = self.prompts(build), build.recipe.seed
-        blocks: dict[str, Sequence[Image.Image]] = {}
-        if build.recipe.teacher is not None:
-            if self._teacher_sheet is None:
-                self._teacher_sheet = self.teacher_pictures(build, prompts, seed)
-            blocks[f"teacher, {self.config.steps} steps"] = self._teacher_sheet
-        pictures = self.student_pictures(build, prompts, seed)
-        count = len(build.piece("student").times)
-        blocks[f"student, {count} step{'s' * (count > 1)}, after {step} training steps"] = pictures
+        """Writes the sheet teacher | student for the recipe's sample prompts (a teacher in training stands alone)."""
+        prompts, seed, trained = self.prompts(build), build.recipe.seed, f"after {step} training steps"
+        if not build.has("student"):
+            pictures = self.teacher_pictures(build, prompts, seed)
+            blocks: dict[str, Sequence[Image.Image]] = {f"{self.config.steps} steps, {trained}": pictures}
+        else:
+            self._teacher_sheet = self._teacher_sheet or self.teacher_pictures(build, prompts, seed)
+            count = len(build.piece("student").times)
+            blocks = {
+                f"teacher, {self.config.steps} steps": self._teacher_sheet,
+                f"student, {count} step{'s' * (count > 1)}, {trained}": self.student_pictures(build, prompts, seed),
+            }
         path = folder / f"step-{step:08d}.png"
         sheet(blocks, prompts).save(path)
         return [path]
