@@ -231,12 +231,12 @@ def token_step_error(process: discrete.TokenProcess, states: list[list[int]]) ->
     return worst
 
 
-def one_token_tv(count: int = 200_000) -> float:
-    """Total variation between the first-hitting sampler on toy D and the table."""
-    table = toy_table()
+def one_token_tv(kernel: sampling.Kernel | None = None, count: int = 100_000) -> float:
+    """Total variation between four steps of a sampler (first-hitting) on toy D and the table."""
+    table, times = toy_table(), torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
     teacher = TokenTable(table, discrete.MaskProcess(3))
     x, gen = discrete.MaskProcess(3).initial(count, 4), _gen(11)
-    for step in sampling.trajectory(teacher, sampling.first_hitting(), x, torch.linspace(1, 0.2, 5), gen=gen):
+    for step in sampling.trajectory(teacher, kernel or sampling.first_hitting(), x, times, gen=gen):
         x = step.x_next
     index = (x * torch.tensor([27, 9, 3, 1])).sum(1)
     return float((torch.bincount(index, minlength=81) / count - table.flatten()).abs().sum() / 2)
@@ -248,7 +248,7 @@ def tokens() -> list[Check]:
     return [
         Check("mask step against enumeration", token_step_error(discrete.MaskProcess(3), hidden), 1e-12, "<="),
         Check("uniform step against enumeration", token_step_error(discrete.UniformProcess(3), open_), 1e-12, "<="),
-        Check("one-token sampler, TV to the table", one_token_tv(), 0.012, "<=", "exact: .005 at 2e5 draws"),
+        Check("one-token sampler, TV to the table", one_token_tv(), 0.015, "<=", "an exact sampler has about .009"),
     ]
 
 
