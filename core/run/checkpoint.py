@@ -71,6 +71,7 @@ def save(root: Path, tensors: Mapping[str, Tensor], manifest: Manifest, keep: in
             target.rename(root / f"{TEMPORARY[1]}{target.name}")
         temporary.rename(target)
         _sync(root)
+        sweep(root)
         prune(root, keep)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -123,9 +124,12 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def sweep(root: Path) -> None:
-    """Remove what an interrupted save has left."""
-    for folder in root.iterdir():
-        if folder.name.startswith(TEMPORARY):
+    """Remove what an interrupted save has left; a checkpoint it had moved aside goes back to its place."""
+    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+        place = root / folder.name.removeprefix(TEMPORARY[1])
+        if folder.name.startswith(TEMPORARY[1]) and not place.exists():
+            folder.rename(place)
+        elif folder.name.startswith(TEMPORARY):
             shutil.rmtree(folder)
 
 

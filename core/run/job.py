@@ -145,6 +145,9 @@ class Job:
     def _train_all(self, resume: bool) -> None:
         if not self.recipe.stages:
             raise BadInput(f"the recipe {self.recipe.name} trains nothing; add stages:")
+        if self.team.rank == 0:
+            checkpoint.sweep(self.checkpoints)
+        self.team.barrier()
         loaded = checkpoint.latest(self.checkpoints, self.metrics.say) if resume else None
         if resume and loaded is None:
             self.metrics.say("there is no checkpoint yet; the run starts from its beginning")
@@ -165,10 +168,10 @@ class Job:
         if loaded:
             trainer.load(loaded.tensors, loaded.manifest.step, loaded.manifest.pending)
             self.metrics.say(f"{stage.name}: going on after step {trainer.step}")
-        earlier = [s.name for s in self.recipe.stages[:index]]
-        self.metrics.begin(stage.name, trainer.step, trainer.steps, earlier)
         if trainer.step == 0:
             trainer.cadence.sample(trainer)
+        earlier = [s.name for s in self.recipe.stages[:index]]
+        self.metrics.begin(stage.name, trainer.step, trainer.steps, earlier)
         trainer.run()
         self.metrics.stop_live()
         return trainer

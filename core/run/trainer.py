@@ -64,7 +64,11 @@ class Trainer:
         self._stop = 0
 
     def run(self) -> None:
-        """All remaining steps; Stopped after a signal, NonFinite before a bad update, both with nothing half done."""
+        """All remaining steps; Stopped after a signal (checkpoint written), NonFinite before a bad update.
+
+        Then no player of the bad phase has changed and nothing is saved: the last good checkpoint stays the newest.
+        (Updates of the same step's earlier phases stand in memory: undoing them would cost a copy at every step.)
+        """
         c = self.cadence
         with self._signals():
             while self.step < self.steps:

@@ -1,0 +1,1 @@
+"""A tiny provider of pieces: real two-player training in milliseconds, for the runner's own tests."""
