@@ -53,14 +53,20 @@ def load_embedded(folder: Path, device: str | torch.device = "cpu") -> Model:
     """A teacher in the embedded format: pixels [3,S,S] in [-1,1], rectified flow, MiniLM token states."""
     net, meta = models.load_teacher(folder)
     net.requires_grad_(False).to(device)
-    encode = PromptStates(MiniLMEncoder(), torch.device(device))
-    denoiser = Network(net, Flow(), meta["prediction"], call, taps=("mid_block",))
-    return Model(denoiser, (3, meta["size"], meta["size"]), Identity(), encode, name=folder.name)
+    return embedded_model(net, (3, meta["size"], meta["size"]), meta["prediction"], device, folder.name)
+
+
+def embedded_model(
+    net: nn.Module, shape: tuple[int, ...], prediction: str, device: str | torch.device, name: str
+) -> Model:
+    """A net of the embedded kind with everything around it."""
+    denoiser = Network(net, Flow(), prediction, call, taps=("mid_block",))
+    return Model(denoiser, shape, Identity(), PromptStates(MiniLMEncoder(), torch.device(device)), name)
 
 
 def call(net: nn.Module, x: Tensor, time: Tensor, cond: Encoded) -> Tensor:
     """The U-Net sees 2x2 pixels as channels and time 1000 t."""
-    return models.flow(net, x, time, cond["states"], cond["mask"])  # type: ignore[arg-type]
+    return models.flow(net, x, time, cond["states"], cond["mask"])
 
 
 class PromptStates:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from limbeck.core.diffusion.denoiser import Encoded
 
-Pipe = Any  # a diffusers pipeline; its base class has no useful types
+Pipe = Any  # a diffusers pipeline and its net: their base classes have no useful types
+Net = Any
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 JOINT = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
@@ -35,12 +36,12 @@ class Family:
     pipelines: tuple[str, ...]  # class names in model_index.json
     net: str  # the component that denoises
     encode: Callable[[Pipe, list[str], Options], Encoded]
-    call: Callable[[nn.Module, Tensor, Tensor, Encoded], Tensor]
+    call: Callable[[Net, Tensor, Tensor, Encoded], Tensor]
     sample_size: Callable[[Pipe], int]  # the family's usual side in pixels
     targets: tuple[str, ...]  # modules that LoRA adapts
-    taps: Callable[[nn.Module], tuple[str, ...]]  # submodules whose outputs are the features for adversarial heads
+    taps: Callable[[Net], tuple[str, ...]]  # submodules whose outputs are the features for adversarial heads
     guidance: float  # the pipeline's own default
-    channels: Callable[[nn.Module], int] = field(default=lambda net: int(net.config.in_channels))
+    channels: Callable[[Net], int] = field(default=lambda net: int(net.config.in_channels))
     patch: int = 2  # latents per image token and side
     flow_scale: float = 1000.0  # the time of a flow net is this times sigma
     linear_sigmas: bool = False  # the pipeline hands sigmas 1 ... 1/n to its scheduler
@@ -52,6 +53,6 @@ def guidance_rows(value: float, like: Tensor) -> Tensor:
     return torch.full((len(like),), value, dtype=torch.float32, device=like.device)
 
 
-def middle_block(net: nn.Module) -> int:
+def middle_block(net: Net) -> int:
     """Index of the block in the middle of a transformer."""
-    return (len(net.transformer_blocks) - 1) // 2  # type: ignore[arg-type]
+    return (len(net.transformer_blocks) - 1) // 2

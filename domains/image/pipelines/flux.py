@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.core.diffusion.denoiser import Encoded
-from limbeck.domains.image.pipelines.family import JOINT, Family, Options, Pipe, guidance_rows
+from limbeck.domains.image.pipelines.family import JOINT, Family, Net, Options, Pipe, guidance_rows
 
 
 def encode(pipe: Pipe, prompts: list[str], options: Options) -> Encoded:
@@ -25,7 +25,7 @@ def pack(x: Tensor) -> Tensor:
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     """The inverse of `pack` for latents of height x width."""
-    grid = tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2))
+    grid = tokens.transpose(1, 2).reshape(len(tokens), -1, height // 2, width // 2)
     return nn.functional.pixel_shuffle(grid, 2)
 
 
@@ -35,7 +35,7 @@ def positions(height: int, width: int, like: Tensor) -> Tensor:
     return torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).to(like)
 
 
-def call(net: nn.Module, x: Tensor, time: Tensor, cond: Encoded) -> Tensor:
+def call(net: Net, x: Tensor, time: Tensor, cond: Encoded) -> Tensor:
     height, width = x.shape[-2:]
     text = torch.zeros(cond["states"].shape[1], 3, dtype=x.dtype, device=x.device)
     tokens = net(
@@ -49,11 +49,11 @@ def sample_size(pipe: Pipe) -> int:
     return int(pipe.default_sample_size * pipe.vae_scale_factor)
 
 
-def channels(net: nn.Module) -> int:
+def channels(net: Net) -> int:
     return int(net.config.in_channels) // 4
 
 
-def taps(net: nn.Module) -> tuple[str, ...]:
+def taps(net: Net) -> tuple[str, ...]:
     return (f"transformer_blocks.{len(net.transformer_blocks) - 1}.ff",)
 
 

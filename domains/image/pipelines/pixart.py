@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from limbeck.core.diffusion.denoiser import Encoded
-from limbeck.domains.image.pipelines.family import ATTENTION, Family, Options, Pipe, middle_block
+from limbeck.domains.image.pipelines.family import ATTENTION, Family, Net, Options, Pipe, middle_block
 
 
 def encode(pipe: Pipe, prompts: list[str], options: Options) -> Encoded:
@@ -30,7 +30,7 @@ def uses_size(pipe: Pipe) -> bool:
     return type(pipe).__name__ == "PixArtAlphaPipeline" and pipe.transformer.config.sample_size == 128
 
 
-def call(net: nn.Module, x: Tensor, time: Tensor, cond: Encoded) -> Tensor:
+def call(net: Net, x: Tensor, time: Tensor, cond: Encoded) -> Tensor:
     added = {"resolution": cond.get("resolution"), "aspect_ratio": cond.get("aspect_ratio")}
     raw: Tensor = net(
         x, encoder_hidden_states=cond["states"], encoder_attention_mask=cond["mask"], timestep=time,
@@ -43,7 +43,7 @@ def sample_size(pipe: Pipe) -> int:
     return int(pipe.transformer.config.sample_size * pipe.vae_scale_factor)
 
 
-def taps(net: nn.Module) -> tuple[str, ...]:
+def taps(net: Net) -> tuple[str, ...]:
     return (f"transformer_blocks.{middle_block(net)}",)
 
 

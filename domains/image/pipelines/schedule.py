@@ -86,7 +86,8 @@ def flow_grid(scheduler: Any, steps: int, tokens: int, linear: bool) -> Tensor:
     own = type(scheduler).from_config(scheduler.config)
     mu = dynamic_mu(config, tokens) if config.get("use_dynamic_shifting") else None
     own.set_timesteps(steps, sigmas=np.linspace(1.0, 1 / steps, steps) if linear else None, mu=mu)
-    sigma, shift = own.sigmas.double(), flow_shift(config, tokens)
+    sigma: Tensor = own.sigmas.double()
+    shift = flow_shift(config, tokens)
     return sigma / (shift - (shift - 1) * sigma)
 
 
@@ -97,7 +98,7 @@ def index_grid(scheduler: Any, steps: int) -> Tensor:
     own = type(scheduler).from_config(scheduler.config)
     own.set_timesteps(steps)
     if len(own.timesteps) != steps or bool((own.timesteps.diff() >= 0).any()):
-        own = DDIMScheduler.from_config(scheduler.config)
+        own = DDIMScheduler.from_config(scheduler.config)  # type: ignore[no-untyped-call]
         own.set_timesteps(steps)
     count = own.config["num_train_timesteps"]
     times = (own.timesteps.double() + 1) / count

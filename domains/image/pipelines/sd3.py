@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from limbeck.core.diffusion.denoiser import Encoded
-from limbeck.domains.image.pipelines.family import JOINT, Family, Options, Pipe, middle_block
+from limbeck.domains.image.pipelines.family import JOINT, Family, Net, Options, Pipe, middle_block
 
 
 def encode(pipe: Pipe, prompts: list[str], options: Options) -> Encoded:
@@ -14,15 +14,16 @@ def encode(pipe: Pipe, prompts: list[str], options: Options) -> Encoded:
     return {"states": states, "pooled": pooled}
 
 
-def call(net: nn.Module, x: Tensor, time: Tensor, cond: Encoded) -> Tensor:
-    return net(x, cond["states"], cond["pooled"], time, return_dict=False)[0]
+def call(net: Net, x: Tensor, time: Tensor, cond: Encoded) -> Tensor:
+    raw: Tensor = net(x, cond["states"], cond["pooled"], time, return_dict=False)[0]
+    return raw
 
 
 def sample_size(pipe: Pipe) -> int:
     return int(pipe.transformer.config.sample_size * pipe.vae_scale_factor)
 
 
-def taps(net: nn.Module) -> tuple[str, ...]:
+def taps(net: Net) -> tuple[str, ...]:
     return (f"transformer_blocks.{middle_block(net)}.ff",)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from limbeck.core.diffusion.denoiser import Encoded
-from limbeck.domains.image.pipelines.family import ATTENTION, Family, Options, Pipe
+from limbeck.domains.image.pipelines.family import ATTENTION, Family, Net, Options, Pipe
 
 
 def encode_sd(pipe: Pipe, prompts: list[str], options: Options) -> Encoded:
@@ -14,8 +14,9 @@ def encode_sd(pipe: Pipe, prompts: list[str], options: Options) -> Encoded:
     return {"states": states}
 
 
-def call_sd(net: nn.Module, x: Tensor, time: Tensor, cond: Encoded) -> Tensor:
-    return net(x, time, encoder_hidden_states=cond["states"], return_dict=False)[0]
+def call_sd(net: Net, x: Tensor, time: Tensor, cond: Encoded) -> Tensor:
+    raw: Tensor = net(x, time, encoder_hidden_states=cond["states"], return_dict=False)[0]
+    return raw
 
 
 def encode_sdxl(pipe: Pipe, prompts: list[str], options: Options) -> Encoded:
@@ -28,16 +29,17 @@ def encode_sdxl(pipe: Pipe, prompts: list[str], options: Options) -> Encoded:
     return {"states": states, "pooled": pooled, "time_ids": ids.to(states.device).repeat(len(prompts), 1)}
 
 
-def call_sdxl(net: nn.Module, x: Tensor, time: Tensor, cond: Encoded) -> Tensor:
+def call_sdxl(net: Net, x: Tensor, time: Tensor, cond: Encoded) -> Tensor:
     added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
-    return net(x, time, encoder_hidden_states=cond["states"], added_cond_kwargs=added, return_dict=False)[0]
+    raw: Tensor = net(x, time, encoder_hidden_states=cond["states"], added_cond_kwargs=added, return_dict=False)[0]
+    return raw
 
 
 def unet_size(pipe: Pipe) -> int:
     return int(pipe.unet.config.sample_size * pipe.vae_scale_factor)
 
 
-def unet_taps(net: nn.Module) -> tuple[str, ...]:
+def unet_taps(net: Net) -> tuple[str, ...]:
     return ("mid_block",)
 
 
