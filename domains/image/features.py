@@ -54,7 +54,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The projection stays linear."""
-        h = x if self.expand is None else F.relu6(self.expand(x))
+        h: Tensor = x if self.expand is None else F.relu6(self.expand(x))
         h = self.project(F.relu6(self.depthwise(h)))
         return x + h if self.residual else h
 
@@ -87,15 +87,17 @@ class Lite0(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,3,H,W] in [-1,1] at the size given -> [B,1280]; differentiable in x."""
-        h = F.relu6(self.head(self.blocks(F.relu6(self.stem(x)))))
-        return h.mean(dim=(2, 3))
+        h: Tensor = self.head(self.blocks(F.relu6(self.stem(x))))
+        return F.relu6(h).mean(dim=(2, 3))
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
         """[B,3,H,W] in [-1,1] -> float32 [B,1280] on the CPU, a chunk of pictures at a time."""
-        where = self.head.weight.device
-        parts = [self(resize(part.to(where, torch.float32), self.size)).cpu() for part in x.split(self.chunk)]
-        return torch.cat(parts) if parts else torch.empty(0, WIDTH)
+        out = torch.empty(len(x), WIDTH)
+        for start in range(0, len(x), self.chunk):
+            part = x[start : start + self.chunk].to(self.head.weight.device, torch.float32)
+            out[start : start + self.chunk] = self(resize(part, self.size))
+        return out
 
 
 def resize(x: Tensor, size: int) -> Tensor:

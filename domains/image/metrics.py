@@ -22,13 +22,15 @@ def flat(x: Tensor) -> Tensor:
 def covariance(x: Tensor) -> Tensor:
     """Unbiased covariance [D,D] of [N,D]."""
     centred = x - x.mean(0)
-    return centred.T @ centred / (len(x) - 1)
+    products: Tensor = centred.T @ centred
+    return products / (len(x) - 1)
 
 
 def root(matrix: Tensor) -> Tensor:
     """The symmetric square root of a positive semi-definite matrix."""
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    half: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return half
 
 
 def frechet(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
@@ -73,7 +75,8 @@ def whitener(reference: Tensor) -> Tensor:
     residual = flat(reference - reference.mean(1, keepdim=True))
     within = residual.T @ residual / (captions * (pictures - 1))
     values, vectors = torch.linalg.eigh(within + SHRINK * within.diagonal().mean() * torch.eye(width).to(within))
-    return vectors * values.rsqrt()
+    white: Tensor = vectors * values.rsqrt()
+    return white
 
 
 def retrieval(x: Tensor, reference: Tensor) -> float:

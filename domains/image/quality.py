@@ -27,6 +27,7 @@ from limbeck.domains.image.features import Lite0
 from limbeck.domains.image.pipelines.sampling import sample as sample_teacher
 
 FOLDER = Path(__file__).parent / "assets" / "fluent-32"
+REFERENCE, TEACHER = FOLDER / "reference.safetensors", FOLDER / "teacher-features.safetensors"
 COMPONENTS = 64
 HALF = 8  # real pictures of each name in one half of the reference
 Row = dict[str, float | str]
@@ -64,17 +65,22 @@ def fingerprint() -> str:
     return hashlib.sha256(b"".join((assets / file).read_bytes() for file in files)).hexdigest()
 
 
-def build_reference(path: Path = FOLDER / "reference.safetensors") -> None:
+def real_pictures(half: str) -> Tensor:
+    """One half of the reference: HALF pictures of each evaluation name, one name after another [C*M,3,32,32]."""
+    pictures = data.FluentData()
+    chosen = torch.tensor([pictures.index[name] for name in prompts(HALF)])
+    return pictures.batch(chosen, generator(0, f"reference {half}", 0), "name")[0]
+
+
+def build_reference(path: Path = REFERENCE) -> None:
     """Draws, measures and writes the reference (`limbeck assets build reference`, a minute)."""
-    pictures, net = data.FluentData(), Lite0()
-    chosen = torch.tensor([pictures.index[name] for name in pictures.eval_names]).repeat_interleave(HALF)
-    halves = [pictures.batch(chosen, generator(0, f"reference {h}", 0), "name")[0] for h in ("floor", "real")]
-    made = fit(net.features(halves[0]), net.features(halves[1]), len(pictures.eval_names))
+    net = Lite0()
+    made = fit(net.features(real_pictures("floor")), net.features(real_pictures("real")), len(data.EVAL_NAMES))
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(vars(made), path, {"fingerprint": fingerprint()})
 
 
-def load_reference(path: Path = FOLDER / "reference.safetensors") -> Reference:
+def load_reference(path: Path = REFERENCE) -> Reference:
     """The committed reference; refused where pictures, names or feature net have changed since."""
     if not path.exists():
         raise BadInput(f"{path.name} is missing: run `limbeck assets build reference`")
@@ -114,8 +120,8 @@ def teacher_sampler(model: Model, steps: int, guidance: float | None) -> Sampler
 
 def noise(model: Model, gen: torch.Generator, count: int) -> Tensor:
     """Noise [count,*S] on the model's device."""
-    device = next(model.denoiser.parameters()).device
-    return torch.randn(count, *model.shape, generator=gen).to(device)
+    tensors = (*model.denoiser.parameters(), *model.denoiser.buffers())
+    return torch.randn(count, *model.shape, generator=gen).to(tensors[0].device)
 
 
 def prompts(per_name: int) -> list[str]:
@@ -166,7 +172,7 @@ def cache_key(model: Model, config: Quality) -> str:
     return json.dumps([digest(model.denoiser), fingerprint(), *drawn])
 
 
-def cached(model: Model, config: Quality, path: Path = FOLDER / "teacher.safetensors") -> dict[int, Tensor]:
+def cached(model: Model, config: Quality, path: Path = TEACHER) -> dict[int, Tensor]:
     """Features by number of steps for the embedded teacher in these very settings; empty for any other."""
     if model.name != FOLDER.name or not path.exists():
         return {}
@@ -176,32 +182,40 @@ def cached(model: Model, config: Quality, path: Path = FOLDER / "teacher.safeten
         return {int(name): file.get_tensor(name) for name in file.keys()}
 
 
-def build_teacher(path: Path = FOLDER / "teacher.safetensors") -> None:
+def build_teacher() -> None:
     """Measures the embedded teacher and writes its features (`limbeck assets build teacher-features`, minutes)."""
     from limbeck.domains.image.teacher import embedded
 
-    config, model, net, reference = Quality(), embedded(FOLDER.name), Lite0(), load_reference()
+    write_cache(embedded(FOLDER.name), Quality())
+
+
+def write_cache(model: Model, config: Quality, path: Path = TEACHER) -> None:
+    """The teacher's features [C,M,D] at each number of steps, with what they depend on."""
+    net, reference = Lite0(), load_reference()
     samplers = {steps: teacher_sampler(model, steps, config.guidance) for steps in config.teacher_steps}
     found = {str(steps): measure(sampler, config, reference, net) for steps, sampler in samplers.items()}
     save_file(found, path, {"key": cache_key(model, config)})
 
 
+def table(
+    model: Model, student: FewStep, config: Quality, device: str | torch.device = "cpu", cache: Path = TEACHER
+) -> list[Row]:
+    """Real pictures, the student, and the teacher at each number of steps, a row each."""
+    reference, net = load_reference(), Lite0(device=device)
+    known = cached(model, config, cache)
+    pictures = config.count // len(data.EVAL_NAMES)
+    rows = [row("data", 0, reference.floor[:, :pictures], reference, config, None)]
+
+    def add(name: str, steps: int, sampler: Sampler, ready: Tensor | None = None) -> None:
+        found = measure(sampler, config, reference, net) if ready is None else ready
+        rows.append(row(name, steps, found, reference, config, seconds(sampler, config)))
+
+    add("student", len(student.times), student_sampler(model, student))
+    for steps in config.teacher_steps:
+        add("teacher", steps, teacher_sampler(model, steps, config.guidance), known.get(steps))
+    return rows
+
+
 def build(config: Quality, build: Build) -> Callable[[], list[Row]]:
     """The metric `image.quality`."""
-
-    def rows() -> list[Row]:
-        model, student = build.piece("teacher"), build.piece("student")
-        reference, net = load_reference(), Lite0(device=build.device)
-        known = cached(model, config)
-        pictures = config.count // len(data.EVAL_NAMES)
-        table = [row("data", 0, reference.floor[:, :pictures], reference, config, None)]
-        sampler = student_sampler(model, student)
-        found = measure(sampler, config, reference, net)
-        table.append(row("student", len(student.times), found, reference, config, seconds(sampler, config)))
-        for steps in config.teacher_steps:
-            sampler = teacher_sampler(model, steps, config.guidance)
-            found = known[steps] if steps in known else measure(sampler, config, reference, net)
-            table.append(row("teacher", steps, found, reference, config, seconds(sampler, config)))
-        return table
-
-    return rows
+    return lambda: table(build.piece("teacher"), build.piece("student"), config, build.device)

@@ -6,8 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from limbeck.core.diffusion.codec import Identity
+from limbeck.core.diffusion.denoiser import FewStep, Model
+from limbeck.core.diffusion.mixture import GaussianMixture
+from limbeck.core.diffusion.process import Flow
 from limbeck.core.run.errors import BadInput
 from limbeck.core.run.rng import generator
 from limbeck.domains.image import metrics, quality
@@ -191,18 +196,11 @@ def test_a_stale_or_missing_reference_is_refused(tmp_path: Path, monkeypatch: py
 # From pictures to the table
 
 
-@pytest.mark.timeout(120)
-def test_fresh_real_pictures_measure_as_real(reference: Reference) -> None:
-    """Pictures drawn by prompt, through the feature net and the projection."""
-    pictures = FluentData()
-
-    def draw(gen: torch.Generator, prompts: list[str]) -> Tensor:
-        return pictures.batch(torch.tensor([pictures.index[p] for p in prompts]), gen, "name")[0]
-
-    found = quality.measure(draw, Quality(seed=5), reference, Lite0())
-    row = quality.row("fresh", 0, found, reference, Quality(), None)
-    assert row["retrieval@1"] >= 0.98 and row["FD-lite0"] < 1.2 * row["floor"]
-    assert row["spread"] == pytest.approx(1, abs=0.05)
+def test_the_reference_is_of_todays_pictures(reference: Reference) -> None:
+    net = Lite0()
+    for half in ("floor", "real"):
+        found = reference.project(net.features(quality.real_pictures(half)[: 4 * quality.HALF]), 4)
+        assert torch.allclose(found, getattr(reference, half)[:4], atol=1e-3)
 
 
 def test_prompts_are_grouped_by_name() -> None:
@@ -210,6 +208,49 @@ def test_prompts_are_grouped_by_name() -> None:
     assert len(quality.prompts(4)) == 1024 == Quality().count
 
 
-def test_noise_is_shared_by_generators_of_one_seed() -> None:
-    first, second = (generator(0, "quality", 3) for _ in range(2))
-    assert torch.equal(torch.randn(4, generator=first), torch.randn(4, generator=second))
+def oracle(pictures: FluentData, renderings: int, name: str = "oracle") -> Model:
+    """A teacher known in closed form: each evaluation name has a few equally likely pictures."""
+    index = torch.tensor([pictures.index[n] for n in EVAL_NAMES]).repeat_interleave(renderings)
+    means = pictures.batch(index, generator(7, "oracle", 0), "name")[0]
+    classes = torch.arange(len(EVAL_NAMES)).repeat_interleave(renderings)
+    label = {name: i for i, name in enumerate(EVAL_NAMES)}
+    denoiser = GaussianMixture(means, 0.02, Flow(), classes=classes)
+    return Model(
+        denoiser, (3, 32, 32), Identity(), lambda texts: {"label": torch.tensor([label[t] for t in texts])}, name
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_table_of_a_closed_form_teacher(tmp_path: Path) -> None:
+    """Two pictures a name: four steps find each of them (spread 1/2); one step gives their mean (spread 0)."""
+    model, path = oracle(FluentData(), 2, "fluent-32"), tmp_path / "features.safetensors"
+    config = Quality(teacher_steps=[4], guidance=1.0, timed=32)
+    assert quality.cached(model, config, path) == {}
+    quality.write_cache(model, config, path)
+    rows = quality.table(model, FewStep(model.denoiser, (1.0,)), config, cache=path)
+    assert [(row["generator"], row["steps"]) for row in rows] == [("data", 0), ("student", 1), ("teacher", 4)]
+    _, student, teacher = rows
+    assert teacher["retrieval@1"] > 0.95 and student["retrieval@1"] < teacher["retrieval@1"]
+    assert teacher["spread"] == pytest.approx(0.5, abs=0.06) and student["spread"] < 0.05
+    assert student["FD-lite0"] > 2 * teacher["FD-lite0"] > 2 * teacher["floor"]
+    assert 0 < student["seconds a picture"] < teacher["seconds a picture"]
+    assert quality.cached(model, config.model_copy(update={"guidance": 2.0}), path) == {}
+    model.denoiser.means[0, 0, 0, 0] += 0.01
+    assert quality.cached(model, config, path) == {}
+
+
+def test_too_small_a_count_is_refused() -> None:
+    for count in (512, 1025):
+        with pytest.raises(ValidationError):
+            Quality(count=count)
+
+
+def test_student_and_teacher_start_from_the_same_noise() -> None:
+    """With one step each, student and teacher of one network make the same pictures."""
+    model = oracle(FluentData(), 1)
+    student = quality.student_sampler(model, FewStep(model.denoiser, (1.0,)))
+    teacher = quality.teacher_sampler(model, 1, None)
+    names = list(EVAL_NAMES[:3])
+    made = [sampler(generator(0, "quality", 0), names) for sampler in (student, teacher)]
+    assert torch.allclose(*made, atol=1e-5)
