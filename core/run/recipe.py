@@ -214,7 +214,17 @@ def names() -> list[str]:
 
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load` reads back to an equal one."""
-    return yamlio.dump(recipe.model_dump(mode="json"))
+    return yamlio.dump(_kinds_first(recipe.model_dump(mode="json")))
+
+
+def _kinds_first(data: Any) -> Any:
+    """A piece is read by its kind first."""
+    if isinstance(data, list):
+        return [_kinds_first(item) for item in data]
+    if not isinstance(data, dict):
+        return data
+    keys = sorted(data, key=lambda key: key != "kind")  # stable
+    return {key: _kinds_first(data[key]) for key in keys}
 
 
 def digest(recipe: Recipe) -> str:

@@ -156,8 +156,10 @@ def show(name: str, sets: Sequence[str]) -> None:
     if recipe.expect:
         print(f"expected on two CPU cores: {recipe.expect.minutes:g} min, {recipe.expect.memory_gb:g} GB")
     print(f"\n{inputs_help(name)}\n\nAll keys, for --set KEY=VALUE:")
-    data = recipe.model_dump(mode="json", exclude={"name", "about", "paper", "inputs", "expect"}, exclude_none=True)
-    print("\n".join(f"  {line}" for line in yamlio.dump(data).splitlines()))
+    data = yamlio.parse(recipes.dump(recipe), name).data
+    told = ("name", "about", "paper", "inputs", "expect")
+    keys = yamlio.dump({key: value for key, value in data.items() if key not in told and value is not None})
+    print("\n".join(f"  {line}" for line in keys.splitlines()))
 
 
 def list_runs(out: Path) -> None:

@@ -1,0 +1,7 @@
+from limbeck.api import Strict
+
+
+class Radius(Strict):
+    """How far from the origin is best."""
+
+    best: float = 2.1
