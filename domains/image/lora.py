@@ -1,4 +1,4 @@
-"""Students of image teachers (a LoRA patch on the frozen net, or a full copy) and exports that diffusers reads."""
+"""LoRA on a pipeline's frozen net: attach, save as diffusers or peft read it, merge into a copy of the net."""
 
 from __future__ import annotations
 
@@ -11,16 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from limbeck.core.diffusion.denoiser import Denoiser, FewStep, Model, Network
 from limbeck.core.distillation.lora import LoRA, Patched
-from limbeck.core.run.build import Build
-from limbeck.core.run.errors import BadInput
-from limbeck.domains.image import models
-from limbeck.domains.image.config import Student
 from limbeck.domains.image.pipelines import PipelineModel
-from limbeck.domains.image.pipelines.loading import TokenFeatures
-
-RANK = 64  # of `lora: auto`
 
 
 def attach(model: PipelineModel, rank: int, alpha: float | None = None, seed: int | None = None) -> Patched:
@@ -33,26 +25,6 @@ def attach(model: PipelineModel, rank: int, alpha: float | None = None, seed: in
         if seed is not None:
             torch.manual_seed(seed)
         return Patched(model.denoiser, LoRA(model.net, rank, alpha, model.family.targets))
-
-
-def full_copy(model: Model) -> Denoiser:
-    """A trainable float32 copy of the teacher."""
-    return copy.deepcopy(model.denoiser).float().requires_grad_(True)
-
-
-def build(config: Student, build: Build) -> FewStep:
-    """The slot `student`: few steps, at first the teacher itself; `lora: auto` patches pipelines, copies the rest."""
-    model: Model = build.piece("teacher")
-    rank = config.lora
-    if rank == "auto":
-        rank = RANK if isinstance(model, PipelineModel) else None
-    if rank is None:
-        return FewStep(full_copy(model), config.times)
-    if not isinstance(model, PipelineModel):
-        raise BadInput(
-            f"student.lora: {model.name} is no diffusers pipeline; set student.lora=null to train a full copy"
-        )
-    return FewStep(attach(model, rank, config.alpha), config.times)
 
 
 def peft_tensors(lora: LoRA) -> dict[str, Tensor]:
@@ -103,36 +75,3 @@ def merged(model: PipelineModel, lora: LoRA) -> nn.Module:
             low, high = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
             weight += (high @ low).to(weight)
     return net
-
-
-def export_lora(build: Build, path: Path) -> list[Path]:
-    """`limbeck export RUN --format lora`."""
-    model, denoiser = build.piece("teacher"), build.piece("student").denoiser
-    if not isinstance(denoiser, Patched):
-        raise BadInput(
-            "this student is a full copy, it has no LoRA; use --format diffusers, or train with student.lora=64"
-        )
-    return save_lora(model, denoiser.lora, path)
-
-
-def export_folder(build: Build, path: Path) -> list[Path]:
-    """`limbeck export RUN --format diffusers`: the teacher's own folder layout with the student's weights."""
-    model, denoiser = build.piece("teacher"), build.piece("student").denoiser
-    if not isinstance(model, PipelineModel):
-        path.mkdir(parents=True, exist_ok=True)
-        models.save_teacher(_plain(denoiser), path, {"times": list(build.piece("student").times)})
-        return sorted(file for file in path.rglob("*") if file.is_file())
-    net = merged(model, denoiser.lora) if isinstance(denoiser, Patched) else _plain(denoiser)
-    kept = model.net
-    try:
-        setattr(model.pipe, model.family.net, net)
-        model.pipe.save_pretrained(path, safe_serialization=True)
-    finally:
-        setattr(model.pipe, model.family.net, kept)
-    return sorted(file for file in path.rglob("*") if file.is_file())
-
-
-def _plain(denoiser: Denoiser) -> nn.Module:
-    inner = denoiser.inner if isinstance(denoiser, TokenFeatures) else denoiser
-    assert isinstance(inner, Network)
-    return inner.net

@@ -12,11 +12,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from limbeck.core.diffusion.denoiser import FewStep, Model
-from limbeck.core.diffusion.guidance import guide
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput
 from limbeck.core.run.rng import generator
-from limbeck.domains.image import pipelines
+from limbeck.domains.image import pipelines, students
 from limbeck.domains.image.config import Pictures
 
 CELL = 112  # pixels a picture on a sheet
@@ -66,9 +65,8 @@ class ImageSpace:
         self._teacher_sheet: list[Image.Image] | None = None
 
     def noise(self, model: Model, seed: int, count: int, device: str | torch.device) -> Tensor:
-        """Noise [count,*S]; row i depends on seed and i only."""
-        rows = [torch.randn(model.shape, generator=generator(seed, "picture", i)) for i in range(count)]
-        return torch.stack(rows).to(device)
+        """Noise [count,*S], the very draws of a diffusers pipeline given `torch.Generator().manual_seed(seed)`."""
+        return torch.randn(count, *model.shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
     @torch.no_grad()
     def teacher_pictures(
@@ -88,7 +86,8 @@ class ImageSpace:
         student: FewStep = build.piece("student")
         cond = model.encode(prompts)
         if guidance is not None:
-            student = FewStep(guide(student.denoiser, model.encode([model.uncond]), guidance), student.times)
+            denoiser, cond = pipelines.guided(model, cond, guidance, denoiser=student.denoiser)
+            student = FewStep(denoiser, student.times)
         noise = self.noise(model, seed, len(prompts), build.device)
         renoise = [self.noise(model, seed + 1 + k, len(prompts), build.device) for k in range(len(student.times) - 1)]
         return to_pictures(model.codec.decode(student.sample(noise, cond, renoise).x))
@@ -135,8 +134,8 @@ class ImageSpace:
     def export(self, build: Build, path: Path, format: str) -> list[Path]:
         """Writes the student: `diffusers` (folder), `lora` (safetensors for the teacher's pipeline), `png` (a sheet)."""
         writers: dict[str, Callable[[], list[Path]]] = {
-            "diffusers": lambda: pipelines.export_folder(build, path),
-            "lora": lambda: pipelines.export_lora(build, path),
+            "diffusers": lambda: students.export_folder(build, path),
+            "lora": lambda: students.export_lora(build, path),
             "png": lambda: self.show(build, build.recipe.steps, _made(path)),
         }
         return writers[format]()

@@ -164,7 +164,8 @@ def assemble(pipe: Pipe, family: Family, options: Options, name: str) -> Pipelin
     process = schedule.process_of(pipe.scheduler, tokens)
     denoiser = network(net, process, schedule.kind_of(pipe.scheduler), family)
     return PipelineModel(
-        denoiser=denoiser, shape=(family.channels(net), side, side), codec=codec_of(pipe), name=name,
+        denoiser=denoiser, shape=(family.channels(net), side, side), name=name,
+        codec=AtSize(codec_of(pipe), options.size),
         encode=lambda prompts: encode(pipe, family, options, prompts), pipe=pipe, family=family, options=options,
     )  # fmt: skip
 
@@ -206,6 +207,23 @@ def by_sigma(call: Call, process: Process, scale: float) -> Call:
         return call(net, x, (process.sigma(t) * scale).float(), cond)
 
     return timed
+
+
+class AtSize:
+    """The autoencoder at the model's size: pictures of another size are resized (antialiased) before encoding."""
+
+    def __init__(self, inner: Autoencoder, size: int) -> None:
+        self.inner, self.size = inner, size
+
+    def encode(self, x: Tensor, gen: torch.Generator | None = None) -> Tensor:
+        """Pixels [B,3,H,W] of any size -> latents of the model's shape, with gradient."""
+        if x.shape[-2:] != (self.size, self.size):
+            x = nn.functional.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True).clamp(-1, 1)
+        return self.inner.encode(x, gen)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents -> pixels [B,3,size,size] in about [-1,1], with gradient."""
+        return self.inner.decode(z)
 
 
 def codec_of(pipe: Pipe) -> Autoencoder:

@@ -21,20 +21,26 @@ def default_times(model: Model, steps: int) -> Tensor:
 
 
 def guided(
-    model: Model, cond: Encoded, guidance: float | None, negative: str | None = None
+    model: Model,
+    cond: Encoded,
+    guidance: float | None,
+    negative: str | None = None,
+    denoiser: Denoiser | None = None,
 ) -> tuple[Denoiser, Encoded]:
     """(denoiser, cond) at a guidance scale: an input of the net where it embeds guidance, else CFG in one forward.
 
     As in diffusers, a scale of at most 1 is the conditional prediction alone; None is the pipeline's own default.
+    `denoiser` is a student to guide instead of the teacher.
     """
+    inner = model.denoiser if denoiser is None else denoiser
     if guidance is None:
         guidance = model.options.guidance if isinstance(model, PipelineModel) else 1.0
     if "guidance" in cond:
-        return model.denoiser, {**cond, "guidance": torch.full_like(cond["guidance"], guidance)}
+        return inner, {**cond, "guidance": torch.full_like(cond["guidance"], guidance)}
     if guidance <= 1:
-        return model.denoiser, cond
+        return inner, cond
     null = model.encode([model.uncond if negative is None else negative])
-    return guide(model.denoiser, null, guidance), cond
+    return guide(inner, null, guidance), cond
 
 
 def sample(

@@ -1,0 +1,72 @@
+"""The slot `student` of images (a LoRA patch on the frozen teacher, or a full copy) and its exports."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+from torch import nn
+
+from limbeck.core.diffusion.denoiser import Denoiser, FewStep, Model, Network
+from limbeck.core.distillation.lora import Patched
+from limbeck.core.run.build import Build
+from limbeck.core.run.errors import BadInput
+from limbeck.domains.image import lora, models
+from limbeck.domains.image.config import Student
+from limbeck.domains.image.pipelines import PipelineModel
+from limbeck.domains.image.pipelines.loading import TokenFeatures
+
+RANK = 64  # of `lora: auto`
+
+
+def full_copy(model: Model) -> Denoiser:
+    """A trainable float32 copy of the teacher."""
+    return copy.deepcopy(model.denoiser).float().requires_grad_(True)
+
+
+def build(config: Student, build: Build) -> FewStep:
+    """The slot `student`: few steps, at first the teacher itself; `lora: auto` patches pipelines, copies the rest."""
+    model: Model = build.piece("teacher")
+    rank = config.lora
+    if rank == "auto":
+        rank = RANK if isinstance(model, PipelineModel) else None
+    if rank is None:
+        return FewStep(full_copy(model), config.times)
+    if not isinstance(model, PipelineModel):
+        raise BadInput(
+            f"student.lora: {model.name} is no diffusers pipeline; set student.lora=null to train a full copy"
+        )
+    return FewStep(lora.attach(model, rank, config.alpha), config.times)
+
+
+def export_lora(build: Build, path: Path) -> list[Path]:
+    """`limbeck export RUN --format lora`."""
+    model, denoiser = build.piece("teacher"), build.piece("student").denoiser
+    if not isinstance(denoiser, Patched):
+        raise BadInput(
+            "this student is a full copy, it has no LoRA; use --format diffusers, or train with student.lora=64"
+        )
+    return lora.save_lora(model, denoiser.lora, path)
+
+
+def export_folder(build: Build, path: Path) -> list[Path]:
+    """`limbeck export RUN --format diffusers`: the teacher's own folder layout with the student's weights."""
+    model, denoiser = build.piece("teacher"), build.piece("student").denoiser
+    if not isinstance(model, PipelineModel):
+        path.mkdir(parents=True, exist_ok=True)
+        models.save_teacher(_plain(denoiser), path, {"times": list(build.piece("student").times)})
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    net = lora.merged(model, denoiser.lora) if isinstance(denoiser, Patched) else _plain(denoiser)
+    kept = model.net
+    try:
+        setattr(model.pipe, model.family.net, net)
+        model.pipe.save_pretrained(path, safe_serialization=True)
+    finally:
+        setattr(model.pipe, model.family.net, kept)
+    return sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def _plain(denoiser: Denoiser) -> nn.Module:
+    inner = denoiser.inner if isinstance(denoiser, TokenFeatures) else denoiser
+    assert isinstance(inner, Network)
+    return inner.net
