@@ -187,7 +187,7 @@ class Score(Config):
 class Ring4Teacher(Config):
     """The exact denoiser of ring4; `labels` makes it conditional on the mode."""
 
-    process: ProcessConfig = Edm()
+    process: ProcessConfig = Edm(sigma_max=80.0, sigma_min=0.002, rho=7.0)
     labels: bool = False
 
 

@@ -28,7 +28,7 @@ LABELS = [str(i) for i in range(len(MODES))]  # the prompts; "" is unconditional
 
 
 class Ring4(Denoiser):
-    """The exact denoiser; its features (for discriminator heads) are the scaled input, the answer and the noise level."""
+    """The exact denoiser; its features (for heads) are the scaled input, the answer and the noise level."""
 
     def __init__(self, config: Ring4Teacher) -> None:
         classes = list(range(len(MODES))) if config.labels else None
