@@ -57,7 +57,7 @@ def hermite(n: int) -> tuple[Tensor, Tensor]:
 class Line:
     """A 1-D student mu + s z with the quadrature of (z, eps), and one time with alpha .8, sigma .6."""
 
-    nodes: int = 20
+    nodes: int = 12
     mu: float = -1.0
     s: float = 1.2
     process: Process = field(default_factory=lambda: VP("cosine"))
@@ -91,7 +91,7 @@ class Line:
         (gradient,) = torch.autograd.grad(surrogate(x, r, w, b_global=1), self.theta)
         self.theta.data.sub_(lr * gradient)
 
-    def descend(self, residual: Residual, steps: int, lr: float = 0.2, **guidance: float) -> tuple[float, float]:
+    def descend(self, residual: Residual, steps: int = 200, lr: float = 0.5, **guidance: float) -> tuple[float, float]:
         """(mean, standard deviation) of the student at the end."""
         for _ in range(steps):
             self.step(residual, lr, **guidance)
@@ -110,8 +110,8 @@ def sds_csd_identity(guided: Guide = combine) -> list[Check]:
 
 def fixed_points(residual: Residual = vsd.on, critic_guidance: float = 1.0) -> list[Check]:
     """VSD with an exact critic ends at the teacher (1, .5); SDS at its mode (1, 0)."""
-    mean, std = Line().descend(residual, 600, critic_guidance=critic_guidance)
-    mode, spread = Line().descend(sds.on, 600)
+    mean, std = Line().descend(residual, critic_guidance=critic_guidance)
+    mode, spread = Line().descend(sds.on)
     return [
         Check("VSD mean from 1", abs(mean - 1), 1e-4, "<="),
         Check("VSD std from .5", abs(std - 0.5), 1e-4, "<="),
@@ -124,7 +124,7 @@ def swiftbrush_guidance(critic_guidance: float = GUIDANCE) -> list[Check]:
     """Same guidance on teacher and critic: no gradient at the teacher; the fixed point is the unguided class."""
     at_teacher = Line(mu=1.0, s=0.5)
     both = at_teacher.branches(at_teacher.sample().detach(), GUIDANCE, critic_guidance)
-    mean, std = Line().descend(vsd.on, 600, guidance=GUIDANCE, critic_guidance=critic_guidance)
+    mean, std = Line().descend(vsd.on, guidance=GUIDANCE, critic_guidance=critic_guidance)
     return [
         Check("gradient at student = teacher", float((at_teacher.w[:, None] * vsd.on(both).abs()).sum()), 1e-12, "<="),
         Check("mean from 1", abs(mean - 1), 1e-3, "<="),
