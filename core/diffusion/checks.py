@@ -134,11 +134,10 @@ def gm1d() -> GaussianMixture:
     return GaussianMixture(torch.tensor([[-1.0], [1.0]]), 0.4, VP("cosine"), [0.3, 0.7])
 
 
-def end_point_rmse(rule: sampling.Kernel | sampling.Solver, n: int, count: int = 20_000) -> float:
-    """RMSE of n uniform steps from T = .999 to 0 against the exact CDF map."""
+def end_point_rmse(rule: sampling.Kernel | sampling.Solver, n: int, count: int = 2000) -> float:
+    """RMSE of n uniform steps from T = .999 to 0 against the exact CDF map, over quantiles of N(0,1) (p_T to 1e-3)."""
     teacher, start = gm1d(), torch.full((count,), 0.999, dtype=torch.float64)
-    x0 = teacher.sample(count, _gen()).double()
-    x = teacher.process.add_noise(x0, _draw(count, 1, seed=7), start)
+    x = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)[:, None]
     target = cdf_map(teacher, x[:, 0], start, torch.zeros_like(start))
     times = torch.linspace(0.999, 0, n + 1, dtype=torch.float64)
     for step in sampling.trajectory(teacher, rule, x, times):
@@ -157,7 +156,7 @@ def solvers() -> list[Check]:
 
 
 def transition(
-    kernel: sampling.Kernel, process: Process, t: float, s: float, count: int = 200_000
+    kernel: sampling.Kernel, process: Process, t: float, s: float, count: int = 40_000
 ) -> tuple[float, float]:
     """(mean, standard deviation) of x_s given x0 = 1 for every row, in units of the exact ones' standard error."""
     x0 = torch.ones(count, 1, dtype=torch.float64)

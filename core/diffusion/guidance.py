@@ -75,20 +75,20 @@ class Guided(Denoiser):
 
     def _guided(self, raw: Tensor, n: int, index: Tensor | slice) -> Tensor:
         cond, uncond = raw[:n], raw[n:]
-        scale = self._row_scale(n)
+        scale = self._row_scale(n, raw.device)
         if isinstance(index, slice):
             return _mix(cond, uncond, scale)
         part = scale[index] if isinstance(scale, Tensor) else scale
         mixed = _mix(cond[index], uncond, part)
         return cond.to(mixed.dtype).index_copy(0, index, mixed)
 
-    def _row_scale(self, n: int) -> Scale:
+    def _row_scale(self, n: int, device: torch.device) -> Scale:
         """A per-sample scale [B]; a batch of several queries of B rows repeats it."""
         if not isinstance(self.scale, Tensor) or self.scale.ndim == 0:
             return self.scale
         if n % len(self.scale):
             raise ValueError(f"guidance scale has {len(self.scale)} rows for a batch of {n}")
-        return self.scale.repeat(n // len(self.scale))
+        return self.scale.to(device).repeat(n // len(self.scale))
 
     def _active(self, t: Tensor, n: int) -> Tensor | None:
         """Indices of the rows that need the null branch; None means all, without looking at the numbers."""
@@ -100,7 +100,7 @@ class Guided(Denoiser):
                 return None
         first = t.reshape(n, -1)[:, 0]
         needed = (first >= self.interval[0]) & (first <= self.interval[1])
-        scale = torch.as_tensor(self._row_scale(n), device=t.device)
+        scale = torch.as_tensor(self._row_scale(n, t.device), device=t.device)
         index = (needed & (scale != 1)).nonzero()[:, 0]
         return None if len(index) == n else index
 

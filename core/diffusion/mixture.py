@@ -135,7 +135,7 @@ class TokenTable(Denoiser):
         marginal = table.mean(0, keepdim=True).expand(n, -1)
         if not self.conditional or "label" not in cond:
             return marginal
-        label = cond["label"].expand(n)
+        label = cond["label"].expand(n).to(table.device)
         return torch.where(label[:, None] < 0, marginal, table[label.clamp(min=0)])
 
     def posterior(self, x_t: Tensor, t: Tensor, cond: Encoded) -> Tensor:
