@@ -56,15 +56,19 @@ class Process:
         """The time at which sigma/alpha equals r, float64."""
         raise NotImplementedError
 
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma), float64, shape of t."""
+        return self.alpha(t), self.sigma(t)
+
     def ratio(self, t: Tensor) -> Tensor:
         """sigma/alpha, float64."""
-        return self.sigma(t) / self.alpha(t)
+        alpha, sigma = self.levels(t)
+        return sigma / alpha
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) computed in float64, cast to the dtype of `like` (float32 at least), of its rank."""
-        dtype = working_dtype(like)
-        t = t.to(like.device)
-        return expand(self.alpha(t), like).to(dtype), expand(self.sigma(t), like).to(dtype)
+        dtype, (alpha, sigma) = working_dtype(like), self.levels(t.to(like.device))
+        return expand(alpha.to(dtype), like), expand(sigma.to(dtype), like)
 
     def marginal(self, x0: Tensor, t: Tensor, cond: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of x_t given x0 (cond is for processes that move towards a condition)."""
@@ -82,11 +86,12 @@ class Process:
 
 
 @lru_cache(maxsize=64)
-def _knots(kind: str, count: int, beta_start: float, beta_end: float, device: torch.device) -> Tensor:
-    """log alpha-bar at t = 0, 1/count, …, 1."""
+def _knots(kind: str, count: int, beta_start: float, beta_end: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """log alpha-bar at t = 0, 1/count, …, 1, and its differences."""
     power = 0.5 if kind == "scaled_linear" else 1.0
     beta = torch.linspace(beta_start**power, beta_end**power, count, dtype=torch.float64) ** (1 / power)
-    return torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-beta).cumsum(0)]).to(device)
+    table = torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-beta).cumsum(0)]).to(device)
+    return table, table.diff()
 
 
 @dataclass(frozen=True)
@@ -113,30 +118,33 @@ class VP(Process):
     def t_max(self) -> float:  # type: ignore[override]
         return 0.999 if self.kind == "cosine" else 1.0
 
-    def _table(self, device: torch.device) -> Tensor:
+    def _table(self, device: torch.device) -> tuple[Tensor, Tensor]:
         return _knots(self.kind, self.count, self.beta_start, self.beta_end, device)
 
     def _interpolate(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """log alpha-bar at t and its slope."""
-        table, u = self._table(t.device), t.double() * self.count
-        low = u.floor().long().clamp(0, self.count - 1)
-        slope = table[low + 1] - table[low]
-        return table[low] + (u - low) * slope, slope * self.count
+        """log alpha-bar at t and its change over an index."""
+        (table, slopes), u = self._table(t.device), t.double() * self.count
+        low = u.long().clamp_(0, self.count - 1)
+        slope = slopes[low]
+        return torch.addcmul(table[low], u - low, slope), slope
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        if self.kind == "cosine":
+            angle = t.double() * (math.pi / 2)
+            return torch.cos(angle), torch.sin(angle)
+        log = self._interpolate(t)[0]
+        return torch.exp(0.5 * log), torch.expm1(log).neg().sqrt()
 
     def alpha(self, t: Tensor) -> Tensor:
-        if self.kind == "cosine":
-            return torch.cos(t.double() * (math.pi / 2))
-        return torch.exp(0.5 * self._interpolate(t)[0])
+        return self.levels(t)[0]
 
     def sigma(self, t: Tensor) -> Tensor:
-        if self.kind == "cosine":
-            return torch.sin(t.double() * (math.pi / 2))
-        return torch.sqrt(-torch.expm1(self._interpolate(t)[0]))
+        return self.levels(t)[1]
 
     def d_alpha(self, t: Tensor) -> Tensor:
         if self.kind == "cosine":
             return -(math.pi / 2) * self.sigma(t)
-        return 0.5 * self.alpha(t) * self._interpolate(t)[1]
+        return (0.5 * self.count) * self.alpha(t) * self._interpolate(t)[1]
 
     def d_sigma(self, t: Tensor) -> Tensor:
         return -self.alpha(t) * self.d_alpha(t) / self.sigma(t)
@@ -144,9 +152,9 @@ class VP(Process):
     def t_of_ratio(self, r: Tensor) -> Tensor:
         if self.kind == "cosine":
             return torch.atan(r.double()) * (2 / math.pi)
-        table, value = self._table(r.device), -torch.log1p(r.double() ** 2)
+        (table, slopes), value = self._table(r.device), -torch.log1p(r.double() ** 2)
         low = (torch.searchsorted(-table, -value) - 1).clamp(0, self.count - 1)
-        return (low + (value - table[low]) / (table[low + 1] - table[low])) / self.count
+        return (low + (value - table[low]) / slopes[low]) / self.count
 
 
 @dataclass(frozen=True)
@@ -189,11 +197,11 @@ class Flow(Process):
     def alpha(self, t: Tensor) -> Tensor:
         # (1 - t)/(1 + (s-1) t), not 1 - sigma: no cancellation near t = 1
         t = t.double()
-        return (1 - t) / (1 + (self.shift - 1) * t)
+        return 1 - t if self.shift == 1 else (1 - t) / (1 + (self.shift - 1) * t)
 
     def sigma(self, t: Tensor) -> Tensor:
         t = t.double()
-        return self.shift * t / (1 + (self.shift - 1) * t)
+        return t if self.shift == 1 else self.shift * t / (1 + (self.shift - 1) * t)
 
     def d_alpha(self, t: Tensor) -> Tensor:
         return -self.d_sigma(t)

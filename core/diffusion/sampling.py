@@ -85,8 +85,8 @@ class Solver(Protocol):
 
 def _levels(process: Process, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """alpha and sigma in float64, of the rank of `like`."""
-    t = t.to(like.device)
-    return expand(process.alpha(t), like), expand(process.sigma(t), like)
+    alpha, sigma = process.levels(t.to(like.device))
+    return expand(alpha, like), expand(sigma, like)
 
 
 def ddim_jump(x: Tensor, t: Tensor, s: Tensor, x0: Tensor, process: Process) -> Tensor:
