@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import sys
 from collections import OrderedDict
 from functools import cache
 from pathlib import Path
@@ -111,4 +111,6 @@ def warn_unknown(prompts: list[str]) -> None:
     for prompt in prompts:
         if prompt.strip() and prompt.strip().lower() not in vocabulary()[1]:
             near = ", ".join(f'"{name}"' for name in vocabulary()[0].nearest(prompt))
-            warnings.warn(f'the embedded teacher does not know "{clean(prompt, 80)}"; nearest: {near}', stacklevel=3)
+            print(
+                f'warning: the embedded teacher does not know "{clean(prompt, 80)}"; nearest: {near}', file=sys.stderr
+            )
