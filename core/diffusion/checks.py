@@ -11,12 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from limbeck.core.check import Check
 from limbeck.core.diffusion import discrete, sampling
 from limbeck.core.diffusion.denoiser import Denoiser, Encoded, Output, Prediction, predict
 from limbeck.core.diffusion.guidance import combine, guide
 from limbeck.core.diffusion.mixture import DataSet, GaussianMixture, TokenTable, cdf_map
 from limbeck.core.diffusion.process import EDM, KINDS, VP, Flow, Process, convert
-from limbeck.core.run.checks import Check
 
 PROCESSES: dict[str, Process] = {
     "linear": VP(),

@@ -62,26 +62,32 @@ class Prediction:
 
     @property
     def x0(self) -> Tensor:
+        """The clean sample."""
         return self.as_kind("x0")
 
     @property
     def eps(self) -> Tensor:
+        """The noise."""
         return self.as_kind("eps")
 
     @property
     def v(self) -> Tensor:
+        """alpha eps - sigma x0."""
         return self.as_kind("v")
 
     @property
     def score(self) -> Tensor:
+        """grad log p_t(x_t) = -eps/sigma."""
         return self.as_kind("score")
 
     @property
     def flow(self) -> Tensor:
+        """eps - x0."""
         return self.as_kind("flow")
 
     @property
     def velocity(self) -> Tensor:
+        """dx_t/dt along the path."""
         return self.as_kind("velocity")
 
     def split(self, sizes: Sequence[int]) -> list[Prediction]:

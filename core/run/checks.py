@@ -5,28 +5,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, TextIO
+from typing import TextIO
 
+from limbeck.core.check import Check as Check
 from limbeck.core.run.errors import BadInput, clean, did_you_mean
 from limbeck.core.run.registry import Registry, Spec, registry
-
-
-@dataclass(frozen=True)
-class Check:
-    """One measured number and the bound that it must keep."""
-
-    name: str
-    measured: float
-    bound: float
-    sense: Literal["<=", ">="]
-    note: str = ""
-
-    @property
-    def passed(self) -> bool:
-        """Whether the bound holds; NaN never passes."""
-        if math.isnan(self.measured):
-            return False
-        return self.measured <= self.bound if self.sense == "<=" else self.measured >= self.bound
 
 
 @dataclass(frozen=True)
