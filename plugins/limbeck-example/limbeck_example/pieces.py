@@ -1,8 +1,9 @@
 from collections.abc import Callable
 
+from torch import Tensor
+
 from limbeck.api import Build, Prediction, operator
 from limbeck_example.config import Radius
-from torch import Tensor
 
 
 @operator("eps", "sigma2")

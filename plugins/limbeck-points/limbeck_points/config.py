@@ -1,7 +1,8 @@
 """What recipes may say about this domain's pieces (imports no torch)."""
 
-from limbeck.api import Strict
 from pydantic import Field
+
+from limbeck.api import Strict
 
 
 class Data(Strict):

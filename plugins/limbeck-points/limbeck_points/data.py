@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Generator, Tensor
+
 from limbeck.api import Batch, Build, GaussianMixture, generator
 from limbeck_points.config import Data
-from torch import Generator, Tensor
 
 SHAPES = ("ring", "cross", "spiral")
 POINTS = 12

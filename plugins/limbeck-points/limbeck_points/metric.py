@@ -3,11 +3,12 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
 from limbeck.api import Build
 from limbeck_points.config import Quality
 from limbeck_points.data import SHAPES, references
 from limbeck_points.space import draw
-from torch import Tensor
 
 
 def measure(sets: Tensor, labels: Tensor) -> dict[str, float]:
@@ -15,8 +16,8 @@ def measure(sets: Tensor, labels: Tensor) -> dict[str, float]:
     known, kinds = references(200)
     distance, nearest = torch.cdist(sets.flatten(1), known.flatten(1)).min(1)
     spread = torch.stack([sets[labels == k].std(0).mean() for k in range(len(SHAPES))]).mean()
-    right = (kinds[nearest] == labels).float().mean()
-    return {"right shape": float(right), "distance": float(distance.mean() / sets[0].numel() ** 0.5), "spread": float(spread)}
+    right, size = (kinds[nearest] == labels).float().mean(), sets[0].numel() ** 0.5
+    return {"right shape": float(right), "distance": float(distance.mean() / size), "spread": float(spread)}
 
 
 def build(config: Quality, build: Build) -> Callable[[], list[dict[str, float | str]]]:

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
 from limbeck.api import Build, generator
 from limbeck_points.config import Plots
 from limbeck_points.data import POINTS, SHAPES
-from PIL import Image, ImageDraw
-from torch import Tensor
 
 CELL = 96
 

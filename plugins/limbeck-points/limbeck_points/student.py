@@ -1,10 +1,11 @@
 """A net that makes a set of points in one step."""
 
 import torch
+from torch import Tensor, nn
+
 from limbeck.api import Build, Encoded, Sample
 from limbeck_points.config import Student
 from limbeck_points.data import POINTS, SHAPES
-from torch import Tensor, nn
 
 
 class Net(nn.Module):

@@ -1,6 +1,7 @@
 """The exact denoiser of the blurred reference sets, and the check that it is right."""
 
 import torch
+
 from limbeck.api import EDM, BadInput, Build, Check, Encoded, GaussianMixture, Identity, Model, generator
 from limbeck_points.config import Teacher
 from limbeck_points.data import POINTS, SHAPES, references
@@ -30,7 +31,7 @@ def build(config: Teacher, build: Build) -> Model:
 def check() -> list[Check]:
     """Behind a little noise the denoiser finds its reference set; behind much, the mean of the prompt's shape."""
     sets, labels = references(50)
-    denoiser = mixture(Teacher(count=50, bandwidth=1e-3))
+    denoiser = mixture(Teacher(count=50, bandwidth=1e-6))
     t, noise = torch.full((len(sets),), 0.2), torch.randn(sets.shape, generator=generator(0, "points.check", 0))
     x_t = denoiser.process.add_noise(sets, noise, t)
     near = (denoiser.predict(x_t, t, {"label": labels}).x0 - sets).abs().max()
