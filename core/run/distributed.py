@@ -6,6 +6,7 @@ one flat all-reduce after its backward, and `fully_shard` is called by us (accel
 """
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -159,7 +160,8 @@ def launch(argv: Sequence[str], n: int) -> int:
         "shutdown-timeout": GRACE_SECONDS,
     }
     flags = [f"--{key}={value}" for key, value in options.items()]
-    command = [sys.executable, "-m", "torch.distributed.run", *flags, "-m", "limbeck", *argv]
+    start = "from limbeck.core.run.distributed import agent; agent()"
+    command = [sys.executable, "-c", start, *flags, "-m", "limbeck", *argv]
     env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // n)), **os.environ}
     worker = subprocess.Popen(command, env=env, start_new_session=True)
     caught: list[int] = []
@@ -176,6 +178,21 @@ def launch(argv: Sequence[str], n: int) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     return 128 + caught[0] if caught else int(worker.returncode)
+
+
+def agent() -> None:
+    """torchrun itself, with the workers' exit code and without its tracebacks."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        run.main(sys.argv[1:])
+    except SignalException as stop:
+        sys.exit(128 + int(stop.sigval))
+    except ChildFailedError as failure:
+        sys.exit(failure.get_first_failure()[1].exitcode % 256)
 
 
 def free_port() -> int:

@@ -118,7 +118,9 @@ def test_stages_start_from_the_stage_they_name_and_resume_in_the_right_one(load,
 
 def test_init_from_another_run_or_from_nowhere(load, tmp_path: Path) -> None:
     job.run(load("steps=4"), tmp_path / "a", device="cpu", quiet=True)
-    assert job.run(load("steps=4", f"stages.0.init_from={tmp_path / 'a'}"), tmp_path / "b", device="cpu", quiet=True) == 0
+    assert (
+        job.run(load("steps=4", f"stages.0.init_from={tmp_path / 'a'}"), tmp_path / "b", device="cpu", quiet=True) == 0
+    )
     with pytest.raises(BadInput, match="neither an earlier stage nor a run folder"):
         job.run(load("steps=4", "stages.0.init_from=nowhere"), tmp_path / "c", device="cpu", quiet=True)
     assert "neither an earlier stage" in (tmp_path / "c" / "error.txt").read_text()
@@ -150,7 +152,9 @@ def test_sigterm_to_a_process_gives_143_and_resume_ends_the_run(recipe_file: Pat
     assert run.returncode == 143 and "limbeck resume" in said
     step = checkpoint.latest(tmp_path / "r" / "checkpoints").manifest.step
     assert 0 < step < 60
-    done = subprocess.run([*limbeck, "resume", str(tmp_path / "r"), "--device", "cpu"], env=child_env, text=True, capture_output=True)
+    done = subprocess.run(
+        [*limbeck, "resume", str(tmp_path / "r"), "--device", "cpu"], env=child_env, text=True, capture_output=True
+    )
     assert done.returncode == 0, done.stderr
     assert checkpoint.latest(tmp_path / "r" / "checkpoints").manifest.step == 60
     assert [row["step"] for row in rows(tmp_path / "r")] == list(range(3, 61, 3))
