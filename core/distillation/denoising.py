@@ -9,7 +9,7 @@ from limbeck.core.diffusion.denoiser import Denoiser, Encoded, Prediction
 from limbeck.core.diffusion.process import Process
 from limbeck.core.diffusion.time import Law, law, weight
 from limbeck.core.distillation import config as settings
-from limbeck.core.distillation.source import Source
+from limbeck.core.distillation.source import Source, plain
 from limbeck.core.run.build import Build
 from limbeck.core.run.context import Context
 from limbeck.core.run.players import Phase, Player
@@ -104,5 +104,5 @@ def build(config: settings.Denoising, build: Build) -> DenoisingObjective:
     denoiser = trained if isinstance(trained, Denoiser) else trained.denoiser
     assert isinstance(denoiser, Denoiser)
     name = "teacher" if build.recipe.student is None else "student"
-    player = build.player(name, trained.requires_grad_(True), config.optim)
+    player = build.player(name, trained.requires_grad_(True), plain(config.optim))
     return DenoisingObjective("denoising", source, Regression(denoiser, config, source.null), player)

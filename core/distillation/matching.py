@@ -23,7 +23,7 @@ from limbeck.core.distillation.adversarial import Adversary, Ratio, head_for
 from limbeck.core.distillation.critic import Critic
 from limbeck.core.distillation.denoising import noised
 from limbeck.core.distillation.operators import OPERATORS, Operator, dot, rows, surrogate
-from limbeck.core.distillation.source import Source
+from limbeck.core.distillation.source import Source, plain
 from limbeck.core.run.build import Build
 from limbeck.core.run.context import Context
 from limbeck.core.run.errors import BadInput
@@ -212,7 +212,7 @@ class Matching:
 def _critic_player(build: Build, critic: Critic, adversary: Adversary | None) -> Player:
     """One player for the critic and the head: they share their phase and optimiser (DMD2's choice)."""
     nets = nn.ModuleDict({"net": critic.denoiser} | ({"head": adversary.head} if adversary else {}))
-    return build.player("critic", nets, critic.config.optim)
+    return build.player("critic", nets, plain(critic.config.optim))
 
 
 def _adversary(
@@ -227,7 +227,7 @@ def _adversary(
 
 def _matching(build: Build, config: settings.Matched, source: Source, rule: Rule, critic: Critic,
               adversary: Adversary | None = None, ratio: Ratio | None = None) -> Matching:  # fmt: skip
-    student = build.player("student", source.student, config.optim)
+    student = build.player("student", source.student, plain(config.optim))
     return Matching(source, rule, student, critic, _critic_player(build, critic, adversary), adversary, ratio)
 
 
@@ -257,7 +257,7 @@ def build_sim(config: settings.Sim, build: Build) -> Matching:
 def build_score(config: settings.Score, build: Build) -> Matching:
     """Factory of score: any operator, built-in or a plugin's, alone on the student (with a critic if it reads one)."""
     source = Source.of(build)
-    operator = _operator(config, build)
+    operator = _operator(config, source, build)
     critic = None
     if "critic" in operator.reads:
         critic = Critic.of(config.critic or settings.CriticConfig(), source.model, source.null, build.device)
@@ -268,15 +268,16 @@ def build_score(config: settings.Score, build: Build) -> Matching:
         negative=None if config.negative is None else source.model.encode([config.negative]),
         shift=AsdShift(config.shift, config.shift_random, t_min),
     )  # fmt: skip
-    student = build.player("student", source.student, config.optim)
+    student = build.player("student", source.student, plain(config.optim))
     return Matching(source, rule, student, critic, _critic_player(build, critic, None) if critic else None)
 
 
-def _operator(config: settings.Score, build: Build) -> Operator:
-    spec = build.registry.get("operator", config.operator)
-    operator: Operator = build.registry.load(spec)
+def _operator(config: settings.Score, source: Source, build: Build) -> Operator:
+    operator: Operator = build.registry.load(build.registry.get("operator", config.operator))
+    if "uncond" in operator.reads and not source.null:
+        raise BadInput(f"operator {config.operator} needs a conditional teacher; {source.model.name} has no condition")
     if config.scale is not None and not operator.scaled:
         raise BadInput(f"operator {config.operator} has no scale; leave `scale` out")
     if "h" in operator.reads:
-        raise BadInput(f"operator {config.operator} reads a density ratio; use the loss kind: f_distill")
+        raise BadInput(f"operator {config.operator} reads a density ratio; use the loss kind: f-distill")
     return operator

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from limbeck.core.diffusion.denoiser import Encoded, Model
 from limbeck.core.run.build import Build
+from limbeck.core.run.config import OptimConfig
 from limbeck.core.run.context import Context
 from limbeck.core.run.errors import BadInput
 
@@ -78,3 +79,8 @@ def global_mean(value: Tensor, ctx: Context) -> Tensor:
         dist.all_reduce(value)
         value = value / ctx.world
     return value
+
+
+def plain(config: OptimConfig) -> OptimConfig:
+    """Without the method's own class (it only carries defaults), so that losses with equal settings share a player."""
+    return OptimConfig(**config.model_dump())
