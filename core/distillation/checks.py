@@ -91,10 +91,12 @@ class Line:
         (gradient,) = torch.autograd.grad(surrogate(x, r, w, b_global=1), self.theta)
         self.theta.data.sub_(lr * gradient)
 
-    def descend(self, residual: Residual, steps: int = 200, lr: float = 0.5, **guidance: float) -> tuple[float, float]:
+    def descend(
+        self, residual: Residual, steps: int = 200, lr: float = 0.5, guidance: float = 1.0, critic_guidance: float = 1.0
+    ) -> tuple[float, float]:
         """(mean, standard deviation) of the student at the end."""
         for _ in range(steps):
-            self.step(residual, lr, **guidance)
+            self.step(residual, lr, guidance, critic_guidance)
         mean, std = self.theta.tolist()
         return mean, abs(std)
 
