@@ -12,6 +12,7 @@ from limbeck.core.distillation import config as settings
 from limbeck.core.distillation.source import Source, plain
 from limbeck.core.run.build import Build
 from limbeck.core.run.context import Context
+from limbeck.core.run.errors import BadInput
 from limbeck.core.run.players import Phase, Player
 
 
@@ -101,8 +102,9 @@ def build(config: settings.Denoising, build: Build) -> DenoisingObjective:
     """Factory of the objective `denoising`: the student's denoiser, or the teacher's in a recipe without a student."""
     source = Source.of(build)
     trained: nn.Module = source.model.denoiser if build.recipe.student is None else source.student
-    denoiser = trained if isinstance(trained, Denoiser) else trained.denoiser
-    assert isinstance(denoiser, Denoiser)
+    denoiser = trained if isinstance(trained, Denoiser) else getattr(trained, "denoiser", None)
+    if not isinstance(denoiser, Denoiser) or not list(denoiser.parameters()):
+        raise BadInput("the loss denoising needs a net that denoises, and this recipe has no denoiser to train")
     name = "teacher" if build.recipe.student is None else "student"
     player = build.player(name, trained.requires_grad_(True), plain(config.optim))
     return DenoisingObjective("denoising", source, Regression(denoiser, config, source.null), player)
