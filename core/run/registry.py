@@ -67,7 +67,9 @@ class Registry:
     def get(self, kind: str, name: str) -> Spec:
         """The spec, or a BadInput that names the nearest one."""
         if (kind, name) not in self.specs:
+            others = [other for other, known in sorted(self.specs) if known == name]
             hint = did_you_mean(name, [spec.name for spec in self.all(kind)])
+            hint += f" (it is of kind {others[0]})" if others else ""
             raise BadInput(f'there is no {kind} "{clean(name, 60)}"{hint}; `limbeck list --pieces` shows them')
         return self.specs[kind, name]
 

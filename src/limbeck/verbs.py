@@ -168,7 +168,8 @@ def list_runs(out: Path) -> None:
     for path in sorted(out.rglob("recipe.yaml")) if out.is_dir() else []:
         folder, last = path.parent, last_numbers(path.parent)
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
-        done = "evaluated" if (folder / "eval.json").exists() else ""
+        states = {"error.txt": "failed", "eval.json": "evaluated"}
+        done = next((state for name, state in states.items() if (folder / name).exists()), "")
         rows.append((str(folder), f"step {last.get('step', 0)}", clean(last.get("stage", "")), done, when))
     print("\n".join(table(rows)) or f"no runs below {out}; start one with `limbeck run RECIPE`")
 
@@ -207,7 +208,10 @@ def compare(first: Path, second: Path) -> None:
 
 def _evaluation(folder: Path) -> dict[str, Any]:
     path = folder / "eval.json"
-    return flatten(json.loads(path.read_text())) if path.exists() else {}
+    try:
+        return flatten(json.loads(path.read_text())) if path.exists() else {}
+    except ValueError:
+        raise BadInput(f"{clean(path)}: not valid JSON; write it anew with `limbeck eval {clean(folder)}`") from None
 
 
 def flatten(data: Any, above: str = "") -> dict[str, Any]:
@@ -291,15 +295,15 @@ def export(folder: Path, format: str, out: Path | None, device: str | None) -> N
     """Write the student in one of the space's formats, or with an exporter of that name."""
     build = _opened(folder, device)
     space, exporters = build.piece("space"), registry().specs
+    known = [*space.formats, *(name for kind, name in exporters if kind == "exporter")]
+    if format not in known:
+        raise BadInput(f"--format {clean(format)}: must be one of {', '.join(known)}{did_you_mean(format, known)}")
     path = out or folder / "exports" / format
     path.parent.mkdir(parents=True, exist_ok=True)
-    if ("exporter", format) in exporters:
-        write = registry().load(exporters["exporter", format])
-        return _print_paths(write(build, path))
-    if format not in space.formats:
-        known = [*space.formats, *(name for kind, name in exporters if kind == "exporter")]
-        raise BadInput(f"--format {clean(format)}: must be one of {', '.join(known)}{did_you_mean(format, known)}")
-    _print_paths(space.export(build, path, format))
+    if format in space.formats:
+        return _print_paths(space.export(build, path, format))
+    write = registry().load(exporters["exporter", format])
+    _print_paths(write(build, path))
 
 
 def _print_paths(paths: Iterable[Path]) -> None:

@@ -223,6 +223,8 @@ def test_bad_choices_about_a_run(made: Path, capsys: pytest.CaptureFixture[str])
     assert "must be one of safetensors" in said(
         capsys, 2, "export", made / "a", "--format", "safetensor", "--device", "cpu"
     )
+    assert "must be one of" in said(capsys, 2, "export", made / "a", "--format", "../../x/y", "--device", "cpu")
+    assert not (made / "x").exists()
     assert "sample prompts" in said(capsys, 2, "sample", made / "a", "--device", "cpu")
 
 

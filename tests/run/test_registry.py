@@ -33,6 +33,8 @@ def test_kinds_are_in_alphabetical_order() -> None:
 def test_get_suggests_the_nearest() -> None:
     with pytest.raises(BadInput, match='no objective "dmd" .did you mean "dmd2"'):
         registry().get("objective", "dmd")
+    with pytest.raises(BadInput, match='no objective "sds".*it is of kind operator'):
+        registry().get("objective", "sds")
     assert did_you_mean("xyzzy", ["dmd2", "sim"]) == ""
 
 
