@@ -44,7 +44,7 @@ class Quality(Config):
     guidance: Annotated[float, Field(ge=0)] = 3.0  # of the teacher
     neighbours: Annotated[int, Field(ge=1, le=64)] = 3  # of precision and recall
     batch: Annotated[int, Field(ge=1, le=4096)] = 64
-    timed: Annotated[int, Field(ge=1, le=256)] = 16  # pictures in one batch that is timed
+    timed: Annotated[int, Field(ge=1, le=256)] = 8  # pictures in one batch that is timed
     seed: Annotated[int, Field(ge=0)] = 0
 
 

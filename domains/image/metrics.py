@@ -116,7 +116,8 @@ def precision_recall(x: Tensor, reference: Tensor, neighbours: int = 3) -> tuple
     """Precision and recall (Kynkaanniemi et al. 2019, eq. 1-2), on the same number of pictures of each caption.
 
     k = 3 as in the paper; with four pictures a caption a fifth neighbour belongs to another caption, and even a
-    generator with one picture a caption gets a recall of .94.
+    generator with one picture a caption gets a recall of .94. Balls round far-off real pictures are wide, so that junk
+    can have a precision of .5: read it beside the Frechet distance.
     """
     pictures = min(x.shape[1], reference.shape[1])
     x, reference = x[:, :pictures], reference[:, :pictures]

@@ -219,9 +219,9 @@ def write_cache(model: Model, config: Quality, path: Path = TEACHER) -> None:
 
 
 def table(
-    model: Model, student: FewStep, config: Quality, device: str | torch.device = "cpu", cache: Path = TEACHER
+    model: Model, student: FewStep | None, config: Quality, device: str | torch.device = "cpu", cache: Path = TEACHER
 ) -> list[Row]:
-    """Real pictures, the student, and the teacher at each number of steps, a row each."""
+    """Real pictures, the student (if there is one), and the teacher at each number of steps, a row each."""
     reference, net = load_reference(), Lite0(device=device)
     known = cached(model, config, cache)
     pictures = config.count // len(data.EVAL_NAMES)
@@ -231,7 +231,8 @@ def table(
         found = measure(sampler, config, reference, net) if ready is None else ready
         rows.append(row(name, steps, found, reference, config, seconds(sampler, config)))
 
-    add("student", len(student.times), student_sampler(model, student))
+    if student is not None:
+        add("student", len(student.times), student_sampler(model, student))
     for steps in config.teacher_steps:
         add("teacher", steps, teacher_sampler(model, steps, config.guidance), known.get(steps))
     return rows
@@ -239,4 +240,9 @@ def table(
 
 def build(config: Quality, build: Build) -> Callable[[], list[Row]]:
     """The metric `image.quality`."""
-    return lambda: table(build.piece("teacher"), build.piece("student"), config, build.device)
+
+    def rows() -> list[Row]:
+        student = build.piece("student") if build.has("student") else None
+        return table(build.piece("teacher"), student, config, build.device)
+
+    return rows

@@ -257,6 +257,12 @@ def test_too_small_a_count_is_refused() -> None:
             Quality(count=count)
 
 
+def test_a_recipe_without_a_student_measures_its_teacher_alone() -> None:
+    """As in `image/teacher`, at the price of one row of features."""
+    config = Quality(teacher_steps=[], timed=1)
+    assert [row["generator"] for row in quality.table(oracle(FluentData(), 1), None, config)] == ["data"]
+
+
 def test_student_and_teacher_start_from_the_same_noise() -> None:
     """With one step each, student and teacher of one network make the same pictures."""
     model = oracle(FluentData(), 1)
