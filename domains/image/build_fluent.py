@@ -3,7 +3,6 @@
 Maintainers run it; users never do, since its output is committed: one lossless RGBA sheet, captions.json, LICENSES.md.
 """
 
-import argparse
 import hashlib
 import io
 import json
@@ -204,16 +203,11 @@ def build(tarballs: dict[str, Path], out: Path, size: int = 32) -> None:
         write(entries(paths, art), art, out, size)
 
 
-def main() -> None:
-    """Command line for maintainers."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ASSETS)
-    parser.add_argument("--size", type=int, default=32, choices=SIZES)
-    parser.add_argument("--tarball", action="append", default=[], metavar="NAME=PATH")
-    args = parser.parse_args()
-    pairs = (item.split("=", 1) for item in args.tarball)
-    build({name: Path(path) for name, path in pairs}, args.out, args.size)
+def fluent() -> None:
+    """`limbeck assets build fluent`: the committed set."""
+    build({}, ASSETS, 32)
 
 
-if __name__ == "__main__":
-    main()
+def fluent_64() -> None:
+    """`limbeck assets build fluent-64`: the same pictures at 64 pixels (7 MB, not committed)."""
+    build({}, ASSETS, 64)

@@ -25,7 +25,11 @@ class FreshUNet(Config):
     """A small text-to-image U-Net from random weights: what `image/teacher` trains."""
 
     size: Literal[32, 64] = 32
-    channels: Annotated[list[Annotated[int, Field(ge=32, multiple_of=32)]], Field(min_length=2, max_length=5)] = [64, 128, 192]
+    channels: Annotated[list[Annotated[int, Field(ge=32, multiple_of=32)]], Field(min_length=2, max_length=5)] = [
+        64,
+        128,
+        192,
+    ]
     layers: Annotated[int, Field(ge=1, le=4)] = 1
 
 
@@ -53,12 +57,16 @@ class Teacher(Config):
 
     model: Annotated[str, Field(min_length=1, max_length=4096)]
     size: Size | None = None  # pixels, square; null: the pipeline's own
-    guidance: Annotated[float, Field(ge=0)] | None = None  # for nets that take it as an input (Flux); null: the pipeline's
+    guidance: Annotated[float, Field(ge=0)] | None = (
+        None  # for nets that take it as an input (Flux); null: the pipeline's
+    )
 
 
 class Student(Config):
     """A few-step generator that starts as the teacher itself."""
 
     times: Times = [1.0]  # falling; one time is a one-step generator
-    lora: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] | None = "auto"  # rank; null: a full copy; auto: by teacher
+    lora: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] | None = (
+        "auto"  # rank; null: a full copy; auto: by teacher
+    )
     alpha: Annotated[float, Field(gt=0)] | None = None  # LoRA's scale is alpha/rank; null: alpha = rank

@@ -80,7 +80,9 @@ class ImageSpace:
         return to_pictures(model.codec.decode(x))
 
     @torch.no_grad()
-    def student_pictures(self, build: Build, prompts: list[str], seed: int, guidance: float | None = None) -> list[Image.Image]:
+    def student_pictures(
+        self, build: Build, prompts: list[str], seed: int, guidance: float | None = None
+    ) -> list[Image.Image]:
         """Pictures of the student in its own number of steps (guidance only where asked for: students need none)."""
         model: Model = build.piece("teacher")
         student: FewStep = build.piece("student")
@@ -132,7 +134,7 @@ class ImageSpace:
         return paths
 
     def export(self, build: Build, path: Path, format: str) -> list[Path]:
-        """Writes the student: `diffusers` (folder), `lora` (safetensors for the teacher's pipeline), `png` (a sheet)."""
+        """Writes the student: `diffusers` (folder), `lora` (for the teacher's pipeline), `png` (a sheet)."""
         writers: dict[str, Callable[[], list[Path]]] = {
             "diffusers": lambda: students.export_folder(build, path),
             "lora": lambda: students.export_lora(build, path),

@@ -28,9 +28,9 @@ class MiniLMEncoder(nn.Module):
     def __init__(self, folder: Path | None = None, length: int = LENGTH) -> None:
         super().__init__()
         from transformers import AutoModel, AutoTokenizer
-        from transformers.utils import logging
+        from transformers.utils.logging import disable_progress_bar
 
-        logging.disable_progress_bar()  # a bar for 90 MB of weights would cut through the run's own table
+        disable_progress_bar()  # a bar for 90 MB of weights would cut through the run's own table
 
         path = folder or minilm_folder()
         self.length = length
