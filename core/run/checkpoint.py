@@ -143,8 +143,8 @@ def prune(root: Path, keep: int) -> None:
         judged = [(m.held_out, -i) for i, (_, m) in enumerate(group) if m.held_out is not None]
         best = -max(judged)[1] if judged else 0
         for i, (folder, _) in enumerate(group):
-            if i >= keep and i != best:
-                shutil.rmtree(folder)
+            if i >= keep and i != best:  # out of sight first: a crash must not leave half a checkpoint behind
+                shutil.rmtree(folder.rename(root / f"{TEMPORARY[0]}{folder.name}"))
 
 
 def _newest_first(root: Path, say: Callable[[str], None]) -> Iterator[Path]:
