@@ -30,7 +30,7 @@ class MiniLMEncoder(nn.Module):
         from transformers import AutoModel, AutoTokenizer
         from transformers.utils.logging import disable_progress_bar
 
-        disable_progress_bar()  # a bar for 90 MB of weights would cut through the run's own table
+        disable_progress_bar()  # type: ignore[no-untyped-call]  # a bar for 90 MB of weights would cut through the run's own table
 
         path = folder or minilm_folder()
         self.length = length
