@@ -9,6 +9,8 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import metadata
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -172,12 +174,26 @@ def registry() -> Registry:
     return found
 
 
-def _providers(found: Registry) -> Iterator[Provider]:
-    from importlib.metadata import entry_points
+def _entries(found: Registry) -> Iterator[tuple[EntryPoint, str]]:
+    """Entry points of our group with their package's version; a package with damaged metadata is a problem."""
+    names: set[str] = set()
+    for distribution in metadata.distributions():
+        name = "?"
+        try:
+            if GROUP not in (distribution.read_text("entry_points.txt") or ""):
+                continue
+            name = distribution.metadata["Name"] or "?"
+            if name in names:  # the first on the path counts, as for imports
+                continue
+            names.add(name)
+            yield from ((entry, distribution.version) for entry in distribution.entry_points.select(group=GROUP))
+        except Exception as error:
+            found._problem(name, f"its metadata cannot be read ({type(error).__name__}: {error}); reinstall it")
 
+
+def _providers(found: Registry) -> Iterator[Provider]:
     seen: dict[str, str] = {}
-    for entry in sorted(entry_points(group=GROUP), key=lambda e: (e.name, e.value)):
-        version = entry.dist.version if entry.dist else "?"
+    for entry, version in sorted(_entries(found), key=lambda pair: (pair[0].name, pair[0].value)):
         if entry.name in seen:
             if seen[entry.name] != entry.value:
                 found._problem(entry.name, f"two plugins have this name (also {seen[entry.name]}); remove one")

@@ -74,8 +74,8 @@ def _python() -> Iterator[tuple[bool, str]]:
 def _torch() -> Iterator[tuple[bool, str]]:
     try:
         import torch
-    except ImportError as error:
-        yield False, f"torch cannot be imported ({error}); reinstall it"
+    except Exception as error:  # whatever is broken, the other sections still print
+        yield False, f"torch cannot be imported ({type(error).__name__}: {error}); reinstall it"
         return
     threads, cores = torch.get_num_threads(), os.cpu_count()
     yield True, f"cpu: {threads} threads on {cores} cores, bf16 {_cpu_bf16()}"

@@ -141,12 +141,15 @@ def bad_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bad")
     for name, (entry, pieces, code) in BAD.items():
         bad(folder, name, entry, pieces, code)
-    ghost = folder / "ghost-1.0.dist-info"
-    ghost.mkdir()
-    (ghost / "METADATA").write_text("Metadata-Version: 2.1\nName: ghost\nVersion: 1.0\n")
-    (ghost / "entry_points.txt").write_text(
-        "[limbeck.plugins]\nghost = no_such_package\npath = os.path\nraises = ghost\n"
-    )
+    entries = {
+        "ghost": "ghost = no_such_package\npath = os.path\nraises = ghost\n",
+        "binary": "a = \0\n",
+    }
+    for name, text in entries.items():
+        info = folder / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[limbeck.plugins]\n{text}")
     return folder
 
 
@@ -154,7 +157,8 @@ def test_bad_plugins_are_reported(bad_site: Path, tmp_path: Path) -> None:
     out = good(limbeck(bad_site, "plugins", cwd=tmp_path))
     for words in (
         'clash: teacher "toy.ring4" is already provided by limbeck', "yaml: ", "tag: ", "shape: ", "target: ", "kind: ",
-        'ghost: the package "no_such_package" cannot be found', 'path: the entry point "os.path"', "raises: two plugins",
+        'ghost: the package "no_such_package" cannot be found', 'path: the entry point "os.path"', "a: the entry point",
+        "raises: two plugins",
     ):  # fmt: skip
         assert f"problem: {words}" in out, (words, out)
     assert not (tmp_path / "CANARY").exists()
@@ -171,6 +175,18 @@ def test_bad_plugins_harm_no_other_verb(bad_site: Path, tmp_path: Path, argument
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     if arguments[0] == "show":
         assert "toy.ring4" in done.stdout
+
+
+def test_a_package_with_damaged_metadata_is_named(tmp_path: Path) -> None:
+    """torch itself cannot be imported beside one, so the verbs that can must say which package it is."""
+    info = tmp_path / "damaged-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: damaged\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[limbeck.plugins]\nno equals sign\n")
+    for verb, status in {"--help": 0, "list": 0, "plugins": 0, "doctor": 1}.items():
+        done = limbeck(tmp_path, verb, cwd=tmp_path)
+        assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+        assert "problem: damaged: its metadata cannot be read" in done.stdout or verb in ("--help", "list")
 
 
 @pytest.mark.parametrize(
