@@ -144,3 +144,15 @@ def test_half_precision_loads(pipeline_folder: Folder) -> None:
     )  # fmt: skip
     assert next(model.net.parameters()).dtype == torch.bfloat16 and x.dtype == torch.float32
     assert (x - full).abs().mean() < 0.1 * full.std()
+
+
+def test_long_prompts_are_told_once(pipeline_folder: Folder, capfd: pytest.CaptureFixture[str]) -> None:
+    """The tiny CLIP reads 24 tokens; training must not be told at every step."""
+    model = pipelines.load_pipeline(str(pipeline_folder("sd15")))
+    capfd.readouterr()
+    model.encode(PROMPTS)
+    assert capfd.readouterr().err == ""
+    for _ in range(3):
+        model.encode(["a prompt that has far more than twenty-four letters"])
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and "24 tokens" in err and "a prompt that" in err

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -240,4 +244,34 @@ def codec_of(pipe: Pipe) -> Autoencoder:
 @torch.no_grad()
 def encode(pipe: Pipe, family: Family, options: Options, prompts: list[str]) -> Encoded:
     """Text by the pipeline's own encoders, one row a prompt."""
-    return {key: value.detach() for key, value in family.encode(pipe, list(prompts), options).items()}
+    if family.net == "unet":  # CLIP alone; where T5 reads along, nothing is lost
+        tell_cut(pipe, prompts)
+    with quiet():
+        return {key: value.detach() for key, value in family.encode(pipe, list(prompts), options).items()}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without diffusers' own warnings, which would come at every training step."""
+    logger = logging.getLogger("diffusers")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def tell_cut(pipe: Pipe, prompts: list[str]) -> None:
+    """Say once for a pipeline that it reads only the beginning of a long prompt."""
+    limit = pipe.tokenizer.model_max_length
+    if getattr(pipe, "told_cut", False):
+        return
+    for prompt, ids in zip(prompts, pipe.tokenizer(list(prompts), verbose=False).input_ids, strict=True):
+        if len(ids) > limit:
+            pipe.told_cut = True
+            print(
+                f'warning: only {limit} tokens of a prompt are read; the end of "{clean(prompt, 60)}" is ignored',
+                file=sys.stderr,
+            )
+            return
