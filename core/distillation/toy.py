@@ -125,11 +125,17 @@ def shares(x: Tensor) -> Tensor:
     return torch.bincount(torch.cdist(x, MODES).argmin(1), minlength=len(MODES)) / len(x)
 
 
+def spread(x: Tensor) -> float:
+    """The standard deviation around the nearest mode, per axis; .4 in the data."""
+    return float((x - MODES[torch.cdist(x, MODES).argmin(1)]).square().mean().sqrt())
+
+
 def row(name: str, x: Tensor, target: Tensor) -> dict[str, float | str]:
     """One line of the evaluation."""
     found = shares(x)
-    numbers = {"energy distance": energy_distance(x, target), "worst mode": float((found - WEIGHTS).abs().max())}
-    return {"samples": name} | numbers | {f"mode {k}": float(share) for k, share in zip(LABELS, found, strict=True)}
+    out: dict[str, float | str] = {"samples": name, "energy distance": energy_distance(x, target)}
+    out |= {"worst mode": float((found - WEIGHTS).abs().max()), "spread": spread(x)}
+    return out | {f"mode {k}": float(share) for k, share in zip(LABELS, found, strict=True)}
 
 
 def metric(config: EnergyDistance, build: Build) -> Callable[[], list[dict[str, float | str]]]:

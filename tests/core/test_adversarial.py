@@ -1,5 +1,9 @@
 """The adversary's losses and the density ratio it gives f-distill."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -150,6 +154,32 @@ def test_the_bins_average_over_batches_and_are_kept(rate):
     again = Ratio(RatioConfig(rate=rate), CPU)
     again.load(ratio.state())
     assert torch.equal(again.means, ratio.means) and torch.equal(again.seen, ratio.seen)
+
+
+PROCESS = """
+import sys, torch, torch.distributed as dist
+from limbeck.core.distillation.adversarial import Ratio
+from limbeck.core.distillation.config import RatioConfig
+from limbeck.core.run.context import Context
+from limbeck.core.run.rng import Draws
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+ctx = Context(0, "s", Draws(0, 0, 64, rank, 2), 2, rank, torch.device("cpu"))
+logits, t = torch.linspace(-2, 2, 64), torch.linspace(0, 0.99, 64)
+ratio = Ratio(RatioConfig(divergence="kl"), torch.device("cpu"))
+h = ratio(ctx, logits[ctx.draws.rows], t[ctx.draws.rows])
+print(h.tolist())
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_weigh_as_one(tmp_path):
+    whole = Ratio(RatioConfig(divergence="kl"), CPU)(ctx(), torch.linspace(-2, 2, 64), torch.linspace(0, 0.99, 64))
+    command = [sys.executable, "-c", PROCESS]
+    calls = [[*command, str(rank), str(tmp_path / "meet")] for rank in (0, 1)]
+    started = [subprocess.Popen(call, stdout=subprocess.PIPE, text=True) for call in calls]
+    parts = [json.loads(process.communicate(timeout=120)[0]) for process in started]
+    assert torch.allclose(torch.tensor(parts[0] + parts[1]), whole, rtol=1e-5)
 
 
 def test_a_trained_head_gives_the_true_ratio():

@@ -428,3 +428,79 @@ def test_flipped_sign_diverges_on_ring4():
     for _ in range(150):
         run.one_step()
     assert checks.draw(made, 500, 0).abs().mean() > 5
+
+
+# --- pictures: a diffusers net as teacher, its copy as student ------------------------------------------------------
+
+
+class Pictures:
+    """Random pictures with prompts."""
+
+    def prompts(self, n, gen, rows):
+        return ["red", "blue"] * (n // 2)
+
+    def batch(self, n, gen, rows):
+        from limbeck.core.run.build import Batch
+
+        return Batch(torch.randn(n, 3, 8, 8, generator=gen)[rows], self.prompts(n, gen, rows))
+
+
+def unet_build(critic):
+    """What a recipe with a small diffusers teacher builds, without a domain."""
+    import copy
+
+    from diffusers import UNet2DConditionModel
+
+    from limbeck.core.diffusion.denoiser import Network
+    from limbeck.core.run.players import Player
+    from limbeck.core.run import registry as pieces_of
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            8, 3, 3, block_out_channels=(8, 8), layers_per_block=1, cross_attention_dim=4, norm_num_groups=4,
+            attention_head_dim=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        )  # fmt: skip
+    call = lambda net, x, time, cond: net(x, time, cond["text"], return_dict=False)[0]  # noqa: E731
+    denoiser = Network(unet, Flow(), "flow", call, 1000.0, taps=("mid_block",))
+    words = {"": 0.0, "red": 1.0, "blue": -1.0}
+    encode = lambda prompts: {"text": torch.tensor([words[p] for p in prompts])[:, None, None].expand(-1, 2, 4)}  # noqa: E731
+    model = Model(denoiser, (3, 8, 8), Identity(), encode, "unet")
+    pieces = {"teacher": model, "student": FewStep(copy.deepcopy(denoiser), (0.99, 0.5)), "data": Pictures()}
+
+    class Made:
+        recipe = type("R", (), pieces)()
+        device, players = CPU, {}
+        registry = pieces_of.registry()
+
+        def piece(self, slot):
+            return pieces[slot]
+
+        def player(self, name, params, config):
+            return self.players.setdefault(name, Player(name, params, config, 4))
+
+    return Made()
+
+
+@pytest.mark.parametrize("critic", ["lora", "full"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_on_a_diffusers_net(method, critic):
+    from limbeck.core.distillation import config, matching
+
+    kinds = {"swiftbrush": config.SwiftBrush, "dmd2": config.Dmd2, "sim": config.Sim, "f-distill": config.FDistill}
+    made = unet_build(critic)
+    if method == "score":
+        asked = config.Score(operator="vsd", critic={"kind": critic, "rank": 2})
+        objective = matching.build_score(asked, made)
+    else:
+        asked = kinds[method](critic={"kind": critic, "rank": 2}, guidance=2.0)
+        factory = matching.build_sim if method == "sim" else matching.build_residual
+        objective = factory(asked, made)
+    teacher = made.piece("teacher").denoiser
+    before = [p.clone() for p in teacher.parameters()]
+    moving = {name: weights(player) for name, player in objective.players.items()}
+    run = Trainer(objective, Team("cpu"), 0, "s", 2, 4)
+    run.run()
+    assert same(before, list(teacher.parameters())) and all(p.grad is None for p in teacher.parameters())
+    assert all(not same(moving[name], weights(player)) for name, player in objective.players.items())
