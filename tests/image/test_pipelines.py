@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, PNDMScheduler
 from torch import Tensor
 
 from limbeck.core.diffusion.sampling import ddim
@@ -76,6 +76,14 @@ def test_scheduler_options_reach_the_grid(options: dict[str, Any], pipeline_fold
     model = pipelines.load_pipeline(str(pipeline_folder("sd15")))
     model.pipe.scheduler = pipe.scheduler
     model.denoiser.process = schedule.process_of(pipe.scheduler, model.tokens)
+    assert (our_pictures(model, 5, 3.0) - their_pictures(pipe, 5, 3.0)).abs().max() < 1e-4
+
+
+def test_pndm_gives_way_to_ddim(pipeline_folder: Folder) -> None:
+    """Stable Diffusion 1.5 ships PNDM, which asks twice at one timestep: we draw what DDIM of the same config draws."""
+    model, pipe = pipelines.load_pipeline(str(pipeline_folder("sd15"))), theirs(pipeline_folder("sd15"))
+    model.pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    pipe.scheduler = DDIMScheduler.from_config(model.pipe.scheduler.config, clip_sample=False)
     assert (our_pictures(model, 5, 3.0) - their_pictures(pipe, 5, 3.0)).abs().max() < 1e-4
 
 

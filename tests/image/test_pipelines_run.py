@@ -1,5 +1,6 @@
 """The whole way of a user with a real pipeline: run image/dmd2 on it, sample, export, load the export in diffusers."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,3 +122,20 @@ def test_a_lora_student_exports_a_merged_pipeline(pipeline_folder: Folder, tmp_p
     students.export_folder(build, run / "folder")
     ours = pictures(build.piece("space").sample(build, PROMPTS, 3, run / "student"))
     assert np.abs(ours - theirs(run / "folder", None, 1, 1.0, 3)).max() <= 1
+
+
+def test_resume_is_bit_exact(pipeline_folder: Folder, tmp_path: Path) -> None:
+    """Two steps, a stop, two more: the same bits as four at a stretch (LoRA student, LoRA critic, adversary)."""
+    from safetensors.torch import load_file
+
+    sets = ("steps=4", "checkpoint.every=2", "sample.every=100", "stages.0.losses.0.critic.kind=lora")
+    run, states = tmp_path / "run", []
+    job.run(recipe(pipeline_folder("sd15"), *sets), run, device="cpu", quiet=True)
+    for again in (False, True):
+        last = sorted((run / "checkpoints").glob("*-00000004"))[0]
+        states.append(load_file(last / "state.safetensors"))
+        if not again:
+            shutil.rmtree(last)
+            job.run(recipes.load(str(run / "recipe.yaml")), run, device="cpu", quiet=True, resume=True)
+    assert set(states[0]) == set(states[1])
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
