@@ -162,7 +162,8 @@ def launch(argv: Sequence[str], n: int) -> int:
     flags = [f"--{key}={value}" for key, value in options.items()]
     start = "from limbeck.core.run.distributed import agent; agent()"
     command = [sys.executable, "-c", start, *flags, "-m", "limbeck", *argv]
-    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // n)), **os.environ}
+    threads = str(max(1, (os.cpu_count() or 1) // n))
+    env = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # processes must not spin on cores
     worker = subprocess.Popen(command, env=env, start_new_session=True)
     caught: list[int] = []
 

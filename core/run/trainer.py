@@ -81,7 +81,7 @@ class Trainer:
                     c.save(self)
                 if self.step % c.sample_every == 0 or self.step == self.steps:
                     c.sample(self)
-                if stop and self.step < self.steps:
+                if stop:
                     raise Stopped(stop)
         self.toggle(tuple(self.objective.players))
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from limbeck.core.run import checkpoint, job
+from limbeck.core.run import recipe as recipes
 from limbeck.core.run.errors import BadInput
 
 TWO_STAGES = [
@@ -136,6 +137,23 @@ def test_a_damaged_newest_checkpoint_falls_back_with_one_line(load, tmp_path: Pa
     said = capsys.readouterr().out
     assert said.count("is damaged:") == 1 and "going on after step 15" in said
     assert_same(whole, halves)
+
+
+@pytest.mark.parametrize("kind", ["dmd2", "swiftbrush", "sim", "f-distill", "score"])
+def test_ten_and_ten_are_twenty_for_every_method_of_the_toy(tmp_path: Path, kind: str) -> None:
+    sets = [f"stages.0.losses.0.kind={kind}", "steps=20", "batch=16", "checkpoint.every=5", "log.every=4", "eval=[]"]
+    recipe = recipes.load("toy/ring4", sets)
+    for stage in recipe.stages:
+        for loss in stage.losses:
+            if getattr(loss, "critic", None) is not None:
+                loss.critic.warm = 3
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert job.run(recipe, whole, device="cpu", quiet=True) == 0
+    interrupt(recipe, halves, 10)
+    assert job.run(recipe, halves, device="cpu", resume=True, quiet=True) == 0
+    one, two = ending(whole), ending(halves)
+    assert one.keys() == two.keys() and [key for key in one if not torch.equal(one[key], two[key])] == []
+    assert rows(whole) == rows(halves)
 
 
 def test_sigterm_to_a_process_gives_143_and_resume_ends_the_run(recipe_file: Path, tmp_path: Path, child_env) -> None:
