@@ -45,7 +45,9 @@ def _net(config: CriticConfig, model: Model, null: Encoded) -> Denoiser:
         raise ValueError(f"the teacher {model.name} has no network to start a critic from; set critic.kind: mlp")
     if config.kind == "lora":
         return Patched(model.denoiser, LoRA(model.denoiser, config.rank, config.alpha))
-    return copy.deepcopy(model.denoiser).requires_grad_(True)
+    net = copy.deepcopy(model.denoiser).requires_grad_(True)
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in net.parameters())
+    return net.float() if half else net  # small updates are lost in half precision
 
 
 class FlatNet(nn.Module):

@@ -184,11 +184,11 @@ def latent_side(pipe: Pipe, family: Family, size: int) -> int:
 
 def network(net: nn.Module, process: Process, kind: str, family: Family) -> Denoiser:
     """The net behind our time: index k for VP, scale * sigma(t) for rectified flow."""
-    taps = family.taps(net)
+    taps, call = family.taps(net), in_net_dtype(family.call)
     if isinstance(process, VP):
-        made = Network(net, process, kind, family.call, time_scale="index", taps=taps)
+        made = Network(net, process, kind, call, time_scale="index", taps=taps)
     else:
-        made = Network(net, process, kind, by_sigma(family.call, process, family.flow_scale), taps=taps)
+        made = Network(net, process, kind, by_sigma(call, process, family.flow_scale), taps=taps)
     return TokenFeatures(made) if family.net == "transformer" else made
 
 
@@ -202,6 +202,15 @@ class TokenFeatures(Denoiser):
     def forward(self, x_t: Tensor, t: Tensor, cond: Encoded, features: bool = False) -> Output:
         out = self.inner(x_t, t, cond, features)
         return (out[0], [tokens.mT for tokens in out[1]]) if isinstance(out, tuple) else out
+
+
+def in_net_dtype(call: Call) -> Call:
+    """A call whose conditions have the dtype of x: a float32 copy of a net is asked with half-precision text."""
+
+    def cast(net: nn.Module, x: Tensor, t: Tensor, cond: Encoded) -> Tensor:
+        return call(net, x, t, {key: c.to(x.dtype) if c.is_floating_point() else c for key, c in cond.items()})
+
+    return cast
 
 
 def by_sigma(call: Call, process: Process, scale: float) -> Call:
