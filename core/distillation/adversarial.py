@@ -72,7 +72,9 @@ class Adversary:
     def logits(self, prediction: Prediction) -> Tensor:
         """One logit per sample [b] from a prediction with features."""
         assert prediction.features is not None
-        return self.head(prediction.features)
+        logits: Tensor = self.head(prediction.features)
+        # a sharded net gathers its weights for the backward when a gradient reaches its output, so one (of 0) must
+        return logits + 0 * prediction.raw.flatten(1).sum(1)
 
 
 class Ratio:

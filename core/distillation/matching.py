@@ -212,7 +212,8 @@ class Matching:
 def _critic_player(build: Build, critic: Critic, adversary: Adversary | None) -> Player:
     """One player for the critic and the head: they share their phase and optimiser (DMD2's choice)."""
     nets = nn.ModuleDict({"net": critic.denoiser} | ({"head": adversary.head} if adversary else {}))
-    return build.player("critic", nets, plain(critic.config.optim))
+    small = critic.config.kind == "lora"  # hooks call its layers, not the patch itself, so it cannot be sharded
+    return build.player("critic", dict(nets.named_parameters()) if small else nets, plain(critic.config.optim))
 
 
 def _adversary(

@@ -1,5 +1,9 @@
 """The shared toy: its pieces, its metric, and every matching method end to end (the checks of `limbeck verify`)."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 from PIL import Image
@@ -90,3 +94,19 @@ def test_a_critic_with_a_dead_learning_rate_is_caught():
 def test_ring4_end_to_end(name):
     for check in getattr(checks, name)():
         assert check.passed, f"{check.name}: {check.measured:.4f} against {check.bound}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "shard"), [("dmd2", "true"), ("f-distill", "false")])
+def test_two_processes_equal_one(method, shard, tmp_path):
+    """The student's and critic's losses after six steps: a head on a sharded critic; a ratio over the global batch."""
+    loss = "stages.0.losses.0"
+    sets = ["steps=6", "log.every=6", "eval=[]", f"{loss}.kind={method}", f"{loss}.critic.warm=1"]
+    found = []
+    for name, extra in {"one": [], "two": ["--processes", "2", "--set", f"distributed.shard={shard}"]}.items():
+        options = [word for item in sets for word in ("--set", item)]
+        command = [sys.executable, "-m", "limbeck", "run", "toy/ring4", "--out", str(tmp_path), "--name", name]
+        subprocess.run([*command, *options, *extra], check=True, capture_output=True, timeout=240)
+        found.append(json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]))
+    for key in ("loss/student", "loss/critic"):
+        assert found[1][key] == pytest.approx(found[0][key], rel=1e-4), key
