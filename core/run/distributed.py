@@ -112,32 +112,40 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def shard(player: Player, team: Team) -> None:
-    """Split a player's parameters over the processes (FSDP2): the blocks of its net one by one, then the net."""
+    """Split a player's parameters over the processes (FSDP2): the blocks of its net one by one, then the net.
+
+    A net stays whole between its forward and the end of the phase (`Player.reshard`), because a loss may reach into it
+    by other ways than its output: features taken by hooks need the weights in the backward. Gradients, optimiser and
+    EMA are sharded throughout.
+    """
     if player.module is None:
         return
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(team.device.type, (team.size,))
-    body = _body(player.module)
-    if not hasattr(body, "set_requires_gradient_sync"):  # two players may share one net
-        for block in _blocks(body):
-            fully_shard(block, mesh=mesh, reshard_after_forward=True)
-        fully_shard(body, mesh=mesh, reshard_after_forward=True)  # toggled gradients need it re-gathered every time
+    for body in _bodies(player.module):
+        if isinstance(body, FSDPModule):
+            continue  # two players may share one net
+        for part in (*_blocks(body), body):
+            fully_shard(part, mesh=mesh, reshard_after_forward=False)
         for name in CALLED:
             if hasattr(body, name):
                 register_fsdp_forward_method(body, name)
     names = set(player.params)
     player.bind({n: p for n, p in player.module.named_parameters() if n in names})
+    player.shards = [m for m in player.module.modules() if isinstance(m, FSDPModule)]
 
 
-def _body(module: nn.Module) -> nn.Module:
-    """The net itself, inside wrappers that own nothing but it: whoever calls any of them calls it."""
-    while not list(module.parameters(recurse=False)) and len(children := list(module.children())) == 1:
-        module = children[0]
-        if isinstance(module, nn.ModuleList | nn.Sequential):
-            break
-    return module
+def _bodies(module: nn.Module) -> Iterator[nn.Module]:
+    """The nets themselves, inside containers and wrappers that own nothing else: who calls a wrapper calls those."""
+    children = list(module.children())
+    wrapper = len(children) == 1 and not list(module.parameters(recurse=False))
+    if isinstance(module, nn.ModuleList | nn.ModuleDict) or wrapper:
+        for child in children:
+            yield from _bodies(child)
+    elif list(module.parameters()):
+        yield module
 
 
 def _blocks(body: nn.Module) -> Iterator[nn.Module]:

@@ -80,7 +80,7 @@ def evaluate(build: Build) -> dict[str, Rows]:
     for i, config in enumerate(build.recipe.eval):
         name = config.kind if config.kind not in tables else f"{config.kind}.{i}"
         tables[name] = build.piece(f"eval.{i}")()
-    if tables:
+    if tables and build.rank == 0:
         (build.folder / "eval.json").write_text(json.dumps(tables, indent=1))
     return tables
 
@@ -127,7 +127,7 @@ class Job:
             self._train_all(resume)
         elif self.recipe.job == "sample":
             self._sample()
-        if self.recipe.eval and self.team.rank == 0:
+        if self.recipe.eval and (self.team.rank == 0 or self.team.shard):  # sharded weights need all processes
             self._evaluate()
         self.team.barrier()
         self.metrics.say(f"done: {self.build.folder}")

@@ -25,6 +25,7 @@ class Player:
         """A module gives its parameters that require grad now; `total_steps` is the length of the decay."""
         self.name, self.config, self.total_steps = name, config, total_steps
         self.module: nn.Module | None = None
+        self.shards: list[Any] = []  # the FSDP modules inside, once sharded
         if isinstance(params, nn.Module):
             self.module = params
             params = {n: p for n, p in params.named_parameters() if p.requires_grad}
@@ -59,12 +60,18 @@ class Player:
         self.optim.param_groups[0]["lr"] = self.lr(step)
         self.optim.step()
         self.optim.zero_grad(set_to_none=True)
+        self.reshard()
         if self.config.ema is not None:
             n = step // self.config.every
             decay = min(self.config.ema, (1 + n) / (10 + n))
             with torch.no_grad():
                 new = [p.to(e.dtype) for p, e in zip(self.tensors, self._average, strict=True)]
                 torch._foreach_lerp_(self._average, new, 1 - decay)
+
+    def reshard(self) -> None:
+        """Drop whole copies of sharded weights: the next forward gathers what is current."""
+        for module in self.shards:
+            module.reshard()
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
@@ -75,9 +82,11 @@ class Player:
         kept = [p.detach().clone() for p in self.tensors]
         try:
             _copy(self.tensors, self._average)
+            self.reshard()
             yield
         finally:
             _copy(self.tensors, kept)
+            self.reshard()
 
     def state(self) -> dict[str, Tensor]:
         """`param/<p>`, `ema/<p>` and `optim/<p>/<slot>`, as references (no copies)."""
@@ -106,6 +115,7 @@ class Player:
         """Set the parameters alone."""
         _refuse_unless_same(self.name, self.params, weights)
         _copy(self.tensors, [place(weights[n], p) for n, p in self.params.items()])
+        self.reshard()
 
 
 @dataclass

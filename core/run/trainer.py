@@ -186,6 +186,7 @@ class Trainer:
 def _require(player: Player, on: bool) -> None:
     for p in player.tensors:
         p.requires_grad_(on)
+    player.reshard()
 
 
 def _below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

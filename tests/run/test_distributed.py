@@ -99,3 +99,19 @@ def test_impossible_teams_are_refused() -> None:
         distributed.Team("cpu", shard=True)
     with pytest.raises(BadInput, match="--processes 0"):
         distributed.launch([], 0)
+
+
+@pytest.mark.slow
+def test_a_method_with_a_critic_and_a_head_on_its_features_runs_sharded(tmp_path: Path, child_env) -> None:
+    """The head reads features from inside the critic: its backward must find the whole weights."""
+    short = ["steps=8", "checkpoint.every=8", "batch=32", "stages.0.losses.0.critic.warm=1", "log.every=4"]
+    for name, processes, shard in (("one", 1, "false"), ("parallel", 2, "false"), ("sharded", 2, "true")):
+        flags = [part for item in (*short, f"distributed.shard={shard}") for part in ("--set", item)]
+        command = [sys.executable, "-m", "limbeck", "run", "toy/ring4", *flags, "--processes", str(processes)]
+        command += ["--device", "cpu", "--out", str(tmp_path), "--name", name]
+        done = subprocess.run(command, env=child_env, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0 and (tmp_path / name / "eval.json").exists(), done.stderr[-2000:]
+    for name in ("parallel", "sharded"):
+        gap = difference(tmp_path / "one" / "checkpoints", tmp_path / name / "checkpoints", "/param/")
+        print(f"{name}: {gap:.1e}")
+        assert gap <= 1e-4
