@@ -452,8 +452,8 @@ def unet_build(critic):
     from diffusers import UNet2DConditionModel
 
     from limbeck.core.diffusion.denoiser import Network
-    from limbeck.core.run.players import Player
     from limbeck.core.run import registry as pieces_of
+    from limbeck.core.run.players import Player
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
