@@ -24,7 +24,7 @@ from limbeck.domains.image.text import MiniLMEncoder
 ASSETS = Path(__file__).parent / "assets"
 MARK = "limbeck.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ROWS = 16  # prompts a forward of the text encoder, always: a row's bits must not depend on its company
+ROWS = 4  # prompts a forward of the text encoder, always: a row's bits must not depend on its company
 
 
 def embedded(name: str, device: str | torch.device = "cpu") -> Model:

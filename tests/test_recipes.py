@@ -1,0 +1,94 @@
+"""Every recipe, made tiny: it runs, and ten steps, a stop and ten more are twenty steps bit for bit."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from limbeck.core.run import checkpoint, job
+from limbeck.core.run import recipe as recipes
+from limbeck.domains.image import models
+
+COMMON = ["steps=20", "checkpoint.every=10", "checkpoint.keep=5", "sample.every=1000", "eval=[]"]
+RECIPES = [name for name in recipes.names() if name.split("/")[0] in ("image", "toy")]
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher in the embedded format with random weights."""
+    folder = tmp_path_factory.mktemp("teacher") / "tiny"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        models.save_teacher(models.build_unet(32, (32, 32)), folder)
+    return folder
+
+
+def overrides(name: str, teacher: Path) -> list[str]:
+    """What makes a recipe tiny."""
+    if name.startswith("toy/"):
+        return [*COMMON, "batch=8", "stages.0.losses.0.critic.warm=3"]
+    sets = [*COMMON, "batch=2", "space.steps=1", "sample.prompts=[red apple]"]
+    own = "teacher.channels=[32, 32]" if name == "image/teacher" else f"teacher.model={teacher}"
+    return [*sets, own]
+
+
+def ending(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the newest checkpoint, which must be the last step's."""
+    loaded = checkpoint.latest(folder / "checkpoints")
+    assert loaded is not None and loaded.manifest.step == 20
+    return loaded.tensors
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    """The logged numbers without the wall clock's."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in ("time", "speed", "memory")} for line in lines]
+
+
+def cut(whole: Path, halves: Path) -> None:
+    """The run as a kill after step 10 leaves it: later checkpoints gone, later log lines still there."""
+    shutil.copytree(whole, halves)
+    for folder in (halves / "checkpoints").iterdir():
+        if not folder.name.endswith("-00000010"):
+            shutil.rmtree(folder)
+
+
+def assert_same(whole: Path, halves: Path) -> None:
+    one, two = ending(whole), ending(halves)
+    assert one.keys() == two.keys()
+    assert [key for key in one if not torch.equal(one[key], two[key])] == []
+    assert rows(whole) == rows(halves)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_ten_and_ten_are_twenty(name: str, tiny_teacher: Path, tmp_path: Path) -> None:
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    recipe = recipes.load(name, overrides(name, tiny_teacher))
+    assert job.run(recipe, whole, device="cpu", quiet=True) == 0
+    assert (whole / "report.html").stat().st_size > 1000 and list((whole / "samples").iterdir())
+    cut(whole, halves)
+    assert job.run(recipe, halves, device="cpu", resume=True, quiet=True) == 0
+    assert_same(whole, halves)
+
+
+@pytest.mark.parametrize("name", ["image/dmd2", "toy/ring4"])
+def test_a_domain_resumes_as_a_process(name: str, tiny_teacher: Path, tmp_path: Path) -> None:
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    sets = [part for item in overrides(name, tiny_teacher) for part in ("--set", item)]
+    order = [sys.executable, "-m", "limbeck", "run", name, "--out", str(tmp_path), "--name", "whole", *sets]
+    subprocess.run(order, check=True, capture_output=True, timeout=240)
+    cut(whole, halves)
+    subprocess.run([sys.executable, "-m", "limbeck", "resume", str(halves)], check=True, capture_output=True, timeout=240)
+    assert_same(whole, halves)
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_a_recipe_is_short_and_says_what_it_does(name: str) -> None:
+    data = recipes.source(name).data
+    assert data["about"] and data["expect"]["minutes"] > 0
+    path = Path(recipes.registry().recipe(name))
+    assert len(path.read_text().splitlines()) <= 40
