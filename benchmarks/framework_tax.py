@@ -90,16 +90,22 @@ def bare(method: str) -> Callable[[int], None]:
         nonlocal count
         for _ in range(amount):
             z, t, noise = draw(gen)
-            x = eps(n.student, z, torch.ones_like(t))
-            if method != "dmd2" or count % RATIO == 0:
+            due = method != "dmd2" or count % RATIO == 0
+            with torch.set_grad_enabled(due):
+                x = eps(n.student, z, torch.ones_like(t))
+            if due:
                 n.critic.requires_grad_(False), n.head.requires_grad_(False)
                 loss = score_loss(n, x, t, noise, None if method == "sds" else n.critic)
-                update(0, loss + 1e-3 * softplus(-judge(n, x, t)).mean() if method == "dmd2" else loss)
+                if method == "dmd2":
+                    loss = loss + 1e-3 * softplus(-judge(n, x, t)).mean()
+                update(0, loss)
                 n.critic.requires_grad_(True), n.head.requires_grad_(True)
             if method != "sds":
                 loss = critic_loss(n, x, t, noise)
-                fake_real = softplus(judge(n, x.detach(), t)).mean() + softplus(-judge(n, noise, t)).mean()
-                update(1, loss + 1e-2 * fake_real if method == "dmd2" else loss)
+                if method == "dmd2":
+                    fake_real = softplus(judge(n, x.detach(), t)).mean() + softplus(-judge(n, noise, t)).mean()
+                    loss = loss + 1e-2 * fake_real
+                update(1, loss)
             count += 1
 
     return steps
