@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from limbeck.core.run import checkpoint, memory
+from limbeck.core.run import checkpoint, memory, table
 from limbeck.core.run import recipe as recipes
 from limbeck.core.run.build import Build
 from limbeck.core.run.checkpoint import Loaded, Manifest
@@ -127,6 +127,8 @@ class Job:
             self._train_all(resume)
         elif self.recipe.job == "sample":
             self._sample()
+        else:
+            table.carry_out(self.recipe, self.build.folder, functools.partial(run, device=str(self.team.device)))
         if self.recipe.eval and (self.team.rank == 0 or self.team.shard):  # sharded weights need all processes
             self._evaluate()
         self.team.barrier()

@@ -167,6 +167,14 @@ def _unique(stages: list[Stage]) -> list[Stage]:
     return stages
 
 
+class Row(Strict):
+    """One recipe of a table, under a label, with `set:` lines of its own (KEY=VALUE)."""
+
+    recipe: str
+    label: Name
+    set: list[str] = []
+
+
 class Recipe(Strict):
     """Everything a run needs to know; `limbeck show RECIPE` prints it."""
 
@@ -183,6 +191,8 @@ class Recipe(Strict):
     rewards: Rewards | None = None
     stages: Annotated[list[Stage], AfterValidator(_unique)] = []
     eval: list[Metric] = []
+    rows: list[Row] = []  # of a table: each is carried out with this recipe's steps, batch and seed
+    set: list[str] = []  # of a table: for every row
     steps: Count
     batch: Count
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -197,6 +207,8 @@ class Recipe(Strict):
     def _trains_something(self) -> "Recipe":
         if self.job == "train" and not self.stages:
             raise ValueError("job: train needs stages; add one with a name and losses")
+        if (self.job == "table") != bool(self.rows):
+            raise ValueError("job: table and rows: go together; give each row a recipe and a label")
         return self
 
 

@@ -116,12 +116,14 @@ def _failure(folder: Path) -> str:
 
 
 def _samples(folder: Path) -> str:
-    """The last sheet large, earlier ones in a row below, then other media, within the page's budget."""
+    """The last sheet large, earlier ones in a row below (a table's sheets all large), within the page's budget."""
     budget = _Budget(MAX_MEDIA)
-    sheets = sorted((folder / "samples").glob("step-*")) if (folder / "samples").is_dir() else []
-    sheets = [path for path in sheets if path.suffix.lower() in {".png", ".jpg", ".jpeg", *PLAYABLE}]
+    media = sorted((folder / "samples").glob("*")) if (folder / "samples").is_dir() else []
+    media = [path for path in media if path.suffix.lower() in {".png", ".jpg", ".jpeg", *PLAYABLE}]
+    sheets = [path for path in media if path.name.startswith("step-")]
     if not sheets:
-        return ""
+        figures = "".join(f'<div class="sheet">{_figure(path, budget, MAX_WIDTH)}</div>' for path in media)
+        return _section("Samples", figures) if figures else ""
     last = sheets[-1]
     big = _figure(last, budget, MAX_WIDTH)
     early = [_figure(path, budget, 720) for path in _spread(sheets[:-1], MAX_SHEETS - 1)]
