@@ -206,6 +206,7 @@ def new_plugin(
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a verb; errors a user can act on are one line on stderr."""
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # they would scan every package, broken ones too
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait halve a shared machine
     try:
         code = app(args=arguments, prog_name="limbeck", standalone_mode=False) or 0
         sys.stdout.flush()
