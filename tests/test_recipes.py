@@ -82,7 +82,8 @@ def test_a_domain_resumes_as_a_process(name: str, tiny_teacher: Path, tmp_path: 
     order = [sys.executable, "-m", "limbeck", "run", name, "--out", str(tmp_path), "--name", "whole", *sets]
     subprocess.run(order, check=True, capture_output=True, timeout=240)
     cut(whole, halves)
-    subprocess.run([sys.executable, "-m", "limbeck", "resume", str(halves)], check=True, capture_output=True, timeout=240)
+    order = [sys.executable, "-m", "limbeck", "resume", str(halves)]
+    subprocess.run(order, check=True, capture_output=True, timeout=240)
     assert_same(whole, halves)
 
 

@@ -5,6 +5,7 @@ import errno
 import functools
 import json
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -276,8 +277,10 @@ def environment(build: Build) -> dict[str, Any]:
     for name in ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy"):
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
+    typed = Path(sys.argv[0]).name in ("limbeck", "__main__.py")
     return {
         "limbeck": version("limbeck"),
+        "command": shlex.join(["limbeck", *sys.argv[1:]]) if typed else "",
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "recipe": build.recipe.name,
         "digest": recipes.digest(build.recipe),

@@ -1,4 +1,4 @@
-"""Trains and saves without any estimate (or only imports, without arguments), so that its peak can be compared."""
+"""Trains and saves without any estimate (or only imports, without arguments), and prints its own peak in kB."""
 
 import sys
 from pathlib import Path
@@ -26,3 +26,4 @@ if __name__ == "__main__":
             checkpoint.save(Path(sys.argv[2]), t.state(), Manifest("main", t.step)) and None
         )
         trainer.run()
+    print(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line))
