@@ -18,6 +18,7 @@ Reduction = Literal["sum", "mean"]  # over a sample's elements; always a mean ov
 Space = Literal["eps", "x0", "v", "flow"]
 Weighting = Literal["one", "sigma2", "alpha", "alpha2", "snr_trunc", "edm"]
 Divergence = Literal["rkl", "kl", "js", "sf", "sh", "jf", "neyman", "pearson"]
+FULL = Uniform(lo=0.0, hi=1.0)  # what learns a distribution sees every t; the law clamps to the process's ends
 
 
 class Config(BaseModel):
@@ -30,7 +31,7 @@ class Denoising(Config):
     """Plain denoising regression of the student (or of the teacher, in a recipe without a student)."""
 
     optim: OptimConfig = OptimConfig()
-    time: TimeLaw = Uniform()
+    time: TimeLaw = FULL
     space: Space | None = None  # what is compared; null: what the net predicts natively
     weighting: Weighting = "one"
     sigma_data: Positive = 0.5  # only for weighting: edm
@@ -58,7 +59,7 @@ class AdversaryConfig(Config):
     width: Count = 256
     generator: Scheduled = 1e-3  # weight of softplus(-l_fake) in the student's loss
     discriminator: Scheduled = 1e-2  # weight of the head's loss in the critic's
-    time: TimeLaw = Uniform()
+    time: TimeLaw = FULL
 
 
 class RatioConfig(Config):
@@ -134,7 +135,7 @@ class Dmd2(Matched):
 
 
 class TeacherFeatures(AdversaryConfig):
-    features: Literal["critic", "teacher"] = "teacher"
+    features: Literal["teacher"] = "teacher"  # the ratio is read from the teacher's own forward
 
 
 class FDistill(Dmd2):

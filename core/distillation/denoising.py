@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.core.diffusion.denoiser import Denoiser, Encoded, Prediction
-from limbeck.core.diffusion.process import Process
+from limbeck.core.diffusion.process import Process, expand
 from limbeck.core.diffusion.time import Law, law, weight
 from limbeck.core.distillation import config as settings
 from limbeck.core.distillation.source import Source, plain
@@ -30,14 +30,18 @@ def noised(ctx: Context, name: str, x: Tensor, times: Law, process: Process) -> 
 
 
 def dropped(ctx: Context, name: str, cond: Encoded, null: Encoded, share: float, whole_batch: bool) -> Encoded:
-    """The condition with a share of its rows (or, with that probability, the whole batch) made the null condition."""
+    """The condition with a share of its rows (or, with that probability, the whole batch) made the null condition.
+
+    Keys that have no null value (a camera) are kept.
+    """
     if share == 0 or not cond:
         return cond
     if whole_batch:  # one draw for all processes
         gone = torch.rand(1, generator=ctx.draws.gen(f"{name}.drop")).lt(share).expand(ctx.batch).to(ctx.device)
     else:
         gone = ctx.draws.uniform(f"{name}.drop") < share
-    return {k: torch.where(gone.view(-1, *[1] * (v.dim() - 1)), null[k].to(v).expand_as(v), v) for k, v in cond.items()}
+    shaped = {k: gone.view(-1, *[1] * (cond[k].dim() - 1)) for k in null if k in cond}
+    return {**cond, **{k: torch.where(g, null[k].to(cond[k]).expand_as(cond[k]), cond[k]) for k, g in shaped.items()}}
 
 
 def truth(space: str, x0: Tensor, eps: Tensor, t: Tensor, process: Process) -> Tensor:
@@ -51,7 +55,10 @@ def regression(pred: Prediction, x0: Tensor, eps: Tensor, config: settings.Denoi
     """w(t) times the mean square error over the sample, mean over the batch."""
     space = config.space or ("eps" if pred.kind == "score" else pred.kind)
     error = getattr(pred, space).float() - truth(space, x0.float(), eps.float(), pred.t, pred.process)
-    return (weighting(config, pred.process, pred.t).to(error) * error.square().flatten(1).mean(1)).mean()
+    w = weighting(config, pred.process, pred.t).to(error)
+    if w.dim() == 1:  # the mean over a sample first: the order of sums that runs are repeated by
+        return (w * error.square().flatten(1).mean(1)).mean()
+    return (expand(w, error) * error.square()).mean()
 
 
 def weighting(config: settings.Denoising, process: Process, t: Tensor) -> Tensor:

@@ -43,10 +43,13 @@ class Rule(Protocol):
 def guided(
     denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Encoded, null: Encoded, scale: float, features: bool = False
 ) -> Prediction:
-    """eps_u + scale (eps_c - eps_u) in one forward; the conditional branch alone at scale 1."""
+    """eps_u + scale (eps_c - eps_u) in one forward; the conditional branch alone at scale 1.
+
+    Keys that have no null value (a camera) keep theirs in the unconditional branch.
+    """
     if scale == 1:
         return denoiser.predict(x_t, t, cond, features)
-    with_cond, without = predict(denoiser, [(x_t, t, cond), (x_t, t, null)], features)
+    with_cond, without = predict(denoiser, [(x_t, t, cond), (x_t, t, {**cond, **null})], features)
     return combine(with_cond, without, scale)
 
 
@@ -108,9 +111,10 @@ class Residual:
         reads = self.operator.reads
         queries: dict[str, Query] = {"cond": (x_t, t, cond)}
         if "uncond" in reads or ("teacher" in reads and scale != 1):
-            queries["uncond"] = (x_t, t, self.null if "negative" in reads else self.negative or self.null)
+            null = self.null if "negative" in reads else self.negative or self.null
+            queries["uncond"] = (x_t, t, {**cond, **null})
         if "negative" in reads:
-            queries["negative"] = (x_t, t, self.negative or self.null)
+            queries["negative"] = (x_t, t, {**cond, **(self.negative or self.null)})
         if "later" in reads:
             assert self.shift is not None
             t2 = self.shift(ctx, self.name, t, self.teacher.process)
@@ -279,6 +283,8 @@ def _operator(config: settings.Score, source: Source, build: Build) -> Operator:
         raise BadInput(f"operator {config.operator} needs a conditional teacher; {source.model.name} has no condition")
     if config.scale is not None and not operator.scaled:
         raise BadInput(f"operator {config.operator} has no scale; leave `scale` out")
+    if "negative" in operator.reads and config.negative is None:  # the null condition would cancel against itself
+        raise BadInput(f"operator {config.operator} needs a bad-quality prompt to lean away from; set `negative`")
     if "h" in operator.reads:
         raise BadInput(f"operator {config.operator} reads a density ratio; use the loss kind: f-distill")
     return operator

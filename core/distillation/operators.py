@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from limbeck.core.diffusion.denoiser import Prediction
+from limbeck.core.diffusion.process import expand
 
 BRANCHES = ("teacher", "cond", "uncond", "negative", "later", "critic", "x", "eps", "h")
 EPS_X0 = 1e-5  # floor of the DMD normaliser: in 1-2 dimensions a single sample can be nearly exact
 
 
 def rows(value: Tensor, like: Tensor) -> Tensor:
-    """A number per sample [B], shaped to multiply `like` [B, *S]."""
-    return value.to(like.dtype).reshape(-1, *[1] * (like.dim() - 1))
+    """A number per sample [B] (or per frame or token, [B,1,F,1,1] or [B,L]), shaped to multiply `like` [B, *S]."""
+    return expand(value.to(like.dtype), like)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

@@ -182,10 +182,16 @@ def test_condition_dropout_per_sample_and_for_the_whole_batch():
     assert dropped(ctx(), "c", cond, null, 0.0, False) is cond
 
 
+def test_a_key_without_null_value_survives_dropout():
+    cond = {"label": torch.arange(8).float(), "camera": torch.arange(8).float()}
+    found = dropped(ctx(batch=8), "c", cond, {"label": torch.tensor([-1.0])}, 1.0, False)
+    assert (found["label"] == -1).all() and torch.equal(found["camera"], cond["camera"])
+
+
 def test_the_critic_sees_the_full_range_of_t():
     seen = []
     teacher = model()
-    critic = critic_of(teacher, kind="full", time={"kind": "uniform", "lo": 0.0, "hi": 1.0})
+    critic = critic_of(teacher, kind="full")
     critic.denoiser.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
     for step in range(40):
         critic.loss(ctx(step, 16), "critic", *batch(16))

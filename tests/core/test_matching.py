@@ -151,6 +151,20 @@ def test_the_negative_prompt_is_nfsds_third_branch_and_bsds_unconditional_one():
     assert labels["sds"].teacher.seen[0][2][16:].tolist() == [3.0] * 16
 
 
+@pytest.mark.parametrize("name", ["sds", "csd", "nfsd", "vsd"])
+def test_a_key_without_null_value_is_kept_by_every_branch(name):
+    one, seen = rule(name), []
+    nets = [one.teacher] + ([one.critic.denoiser] if one.critic else [])
+    for net in nets:
+        net.register_forward_pre_hook(lambda m, args: seen.append(args[2]["camera"]))
+    if one.critic:
+        one.critic.config = CriticConfig(guidance="same")
+    camera = torch.arange(16.0)
+    one.branches(ctx(), torch.zeros(16, 2), COND | {"camera": camera})
+    assert len(seen) == len(nets) and all(len(c) > 16 for c in seen)
+    assert all(torch.equal(c, camera.repeat(len(c) // 16)) for c in seen)
+
+
 def test_swiftbrush_guides_teacher_and_critic_alike_and_dmd_does_not():
     same_scale = rule("vsd")
     same_scale.critic.config = CriticConfig(guidance="same")
@@ -267,7 +281,8 @@ def test_two_losses_share_the_student(method):
 
 @pytest.mark.parametrize("name", [name for name in OPERATORS if name != "f_distill"])
 def test_every_operator_trains_from_the_recipe(name):
-    run = trainer(f"{LOSS}.kind=score", f"{LOSS}.operator={name}", "teacher.labels=true", f"{LOSS}.guidance=2.0")
+    sets = [f"{LOSS}.kind=score", f"{LOSS}.operator={name}", f"{LOSS}.negative='3'", f"{LOSS}.guidance=2.0"]
+    run = trainer(*sets, "teacher.labels=true")
     before = weights(run.objective.players["student"])
     run.one_step()
     run.one_step()
@@ -287,6 +302,10 @@ def test_a_wrong_operator_or_scale_is_refused():
         build(f"{LOSS}.kind=score", f"{LOSS}.operator=sds", f"{LOSS}.scale=3.0")
     with pytest.raises(BadInput, match="kind: f-distill"):
         build(f"{LOSS}.kind=score", f"{LOSS}.operator=f_distill")
+    with pytest.raises(BadInput, match="set `negative`"):
+        build(f"{LOSS}.kind=score", f"{LOSS}.operator=nfsd", "teacher.labels=true")
+    with pytest.raises(BadInput, match="features"):
+        build(f"{LOSS}.kind=f-distill", f"{LOSS}.adversary.features=critic")
 
 
 def test_an_adversary_without_data_is_refused():

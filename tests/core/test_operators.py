@@ -239,6 +239,13 @@ def test_surrogate_gradient_is_exactly_w_r_over_b(weight, b_global):
     assert torch.equal(gradient, expected)
 
 
+def test_a_weight_per_frame_multiplies_its_frame():
+    x = torch.zeros(2, 3, 4, 1, 1, requires_grad=True)
+    w = torch.arange(8.0).reshape(2, 1, 4, 1, 1)
+    (gradient,) = torch.autograd.grad(surrogate(x, torch.ones_like(x), w), x)
+    assert torch.equal(gradient, (w / 2).expand_as(x))
+
+
 def test_surrogate_gives_nothing_to_r_or_w():
     x, r, w = (randn(4, 2, seed=i).requires_grad_(True) for i in range(3))
     surrogate(x, r, w[:, 0]).backward()
