@@ -72,6 +72,7 @@ class Build:
     dtype: torch.dtype = torch.float32
     registry: Registry = field(default_factory=registry)
     stage: Stage | None = None
+    step: int = 0  # finished steps of the weights that an opened run holds
 
     def __post_init__(self) -> None:
         self.seed = self.recipe.seed

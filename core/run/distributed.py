@@ -36,7 +36,7 @@ class Team:
         from accelerate.state import AcceleratorState
 
         cpu = device == "cpu" or not _has_accelerator()
-        if device not in (None, "cpu") and cpu:
+        if device not in (None, "cpu") and (cpu or not _works(device)):
             raise BadInput(f'device "{device}" is not there; use --device cpu or leave it out')
         if precision == "fp16" and cpu:
             raise BadInput("precision: fp16 needs a GPU; use precision: bf16 or fp32 on the CPU")
@@ -103,6 +103,14 @@ class Team:
 
 def _has_accelerator() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def _works(device: str | None) -> bool:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):  # no such name, no such index, not compiled in
+        return False
+    return True
 
 
 def full(tensor: Tensor) -> Tensor:

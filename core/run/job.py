@@ -72,6 +72,7 @@ def open_run(folder: Path, device: str | None = None) -> Build:
         raise BadInput(f"{folder} has no checkpoint yet; let it run or `limbeck resume` it")
     if loaded is not None:
         load_weights(build.objective(loaded.manifest.stage), loaded)
+        build.step = loaded.manifest.step
     return build
 
 

@@ -424,7 +424,8 @@ def validate(document: yamlio.Document, texts: Texts | None = None) -> Recipe:
     fault = min(faults, key=lambda fault: document.line(fault.path))
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     key = clean(".".join(str(part) for part in fault.path), 120) or "recipe"
-    key += " (set on the command line)" if fault.path in typed else ""
+    fresh = fault.path not in document.lines and any(path[: len(fault.path)] == fault.path for path in typed)
+    key += " (set on the command line)" if fault.path in typed or fresh else ""
     raise BadInput(
         f"{clean(document.where)}:{document.line(fault.path)}: {key}: {_message(fault.error, fault.model)}{more}"
     )

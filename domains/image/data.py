@@ -54,7 +54,7 @@ def load_sheet(size: int = 32) -> Tensor:
     """The pictures as uint8 RGBA [N,4,size,size], alpha not premultiplied."""
     path = FOLDER / f"pictures-{size}.webp"
     if not path.exists():
-        raise BadInput(f"pictures of size {size} are not built: run `limbeck assets build fluent --size {size}`")
+        raise BadInput(f"pictures of size {size} are not built: run `limbeck assets build fluent-{size}`")
     with Image.open(path) as image:
         pixels = torch.from_numpy(np.array(image.convert("RGBA")))
     rows, columns = pixels.shape[0] // size, pixels.shape[1] // size

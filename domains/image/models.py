@@ -70,7 +70,7 @@ def flow(unet: nn.Module, x_t: Tensor, t: Tensor, states: Tensor, mask: Tensor) 
 
 def save_teacher(unet: nn.Module, folder: Path, meta: dict[str, Any] | None = None) -> None:
     """Writes folder/unet (diffusers format, bf16; the net itself stays as it is) and folder/limbeck.json."""
-    half = UNET.from_config(unet.config).to(torch.bfloat16)
+    half = nn.Module.to(UNET.from_config(unet.config), torch.bfloat16)  # diffusers' own `to` prints a warning
     half.load_state_dict(unet.state_dict())
     half.save_pretrained(folder / "unet", safe_serialization=True)
     text = json.dumps({**META, **(meta or {})}, indent=2)

@@ -138,7 +138,7 @@ class ImageSpace:
         writers: dict[str, Callable[[], list[Path]]] = {
             "diffusers": lambda: students.export_folder(build, path),
             "lora": lambda: students.export_lora(build, path),
-            "png": lambda: self.show(build, build.recipe.steps, _made(path)),
+            "png": lambda: self.show(build, build.step, _made(path)),
         }
         return writers[format]()
 

@@ -232,6 +232,8 @@ def _explain(error: Exception) -> int:
         from limbeck.doctor import extra_of
 
         return _say(f'needs the package "{error.name}"; install it with pip install "{extra_of(error.name)}"', 2)
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return _say(f"{clean(error.filename)}: {error.strerror}; check the path, its permissions and the free space", 1)
     raise error
 
 

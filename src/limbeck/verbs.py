@@ -1,6 +1,7 @@
 """What the verbs do. Nothing here imports torch until a verb needs a model."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -54,7 +55,7 @@ def parse_inputs(order: Order, flags: Sequence[str]) -> dict[str, str]:
         name, equals, value = rest.pop(0).partition("=")
         key = name.removeprefix("--")
         if not name.startswith("--") or key not in known:
-            hint = did_you_mean(name, [*flags, *(f"--{option}" for option in known)])
+            hint = did_you_mean(key, [*(flag.removeprefix("--") for flag in flags), *known]).replace('"', '"--', 1)
             raise BadInput(
                 f"{clean(order.recipe)} has no input {clean(name)}{hint}; `limbeck run RECIPE --help` shows them"
             )
@@ -268,6 +269,8 @@ def sample(
         raise BadInput(
             f"--which {clean(which)}: must be student or teacher{did_you_mean(which, ('student', 'teacher'))}"
         )
+    if guidance is not None and not math.isfinite(guidance):
+        raise BadInput(f"--guidance {guidance}: must be a finite number")
     build = _opened(folder, device)
     prompts = prompts or list(build.recipe.sample.prompts)
     if not prompts:

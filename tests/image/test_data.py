@@ -196,7 +196,7 @@ def test_nearest_names(fluent: FluentData) -> None:
 
 
 def test_a_size_that_is_not_built() -> None:
-    with pytest.raises(BadInput, match="limbeck assets build fluent --size 48"):
+    with pytest.raises(BadInput, match="limbeck assets build fluent-48"):
         FluentData(48)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,9 @@ def test_no_torch_where_none_is_needed(arguments: list[str], status: int, tmp_pa
         (["run", "toy/ring4", "--metod", "sim"], 'did you mean "--method"'),
         (["run", "toy/ring4", "--sed", "3"], 'did you mean "--seed"'),
         (["run", "toy/ring4", "stray"], "has no input stray"),
+        (["run", "toy/ring4", "--bogus", "3"], "has no input --bogus; `limbeck run"),
+        (["run", "toy/ring4", "--set", "a.b=3"], "a (set on the command line): unknown key"),
+        (["new-plugin", "fine", "--out", "/proc/1"], "choose another --out"),
         (["run", "toy/ring4", "--method"], "needs a value"),
         (["run", "toy/ring4", "--method", "simm"], 'did you mean "sim"'),
         (["run", "toy/ring4", "--set", "steps"], "--set key.path=value"),
@@ -226,6 +230,28 @@ def test_bad_choices_about_a_run(made: Path, capsys: pytest.CaptureFixture[str])
     assert "must be one of" in said(capsys, 2, "export", made / "a", "--format", "../../x/y", "--device", "cpu")
     assert not (made / "x").exists()
     assert "sample prompts" in said(capsys, 2, "sample", made / "a", "--device", "cpu")
+    for number in ("nan", "inf"):
+        assert "finite" in said(capsys, 2, "sample", made / "a", "--prompt", "", "--guidance", number)
+
+
+@pytest.mark.parametrize("verb", [["sample", "--prompt", ""], ["export", "--format", "safetensors"]])
+def test_a_place_that_cannot_be_written_is_one_line(
+    verb: list[str], made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file stands where the folder should be."""
+    (made / "file").write_text("")
+    words = said(capsys, 1, verb[0], made / "a", *verb[1:], "--out", made / "file" / "x" / "y", "--device", "cpu")
+    assert str(made / "file") in words and "check the path" in words
+
+
+def test_an_opened_run_knows_its_step(made: Path) -> None:
+    """Exports tell how long the weights were trained, also of a run that was stopped early."""
+    from limbeck.core.run import job
+
+    shutil.copytree(made / "a", made / "stopped")
+    shutil.rmtree(made / "stopped" / "checkpoints" / "match-00000004")
+    assert job.open_run(made / "a", "cpu").step == 4
+    assert job.open_run(made / "stopped", "cpu").step == 2
 
 
 def test_verify_prints_a_line_a_check(capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,3 +267,10 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert status == (1 if "BAD" in out else 0)
     assert "python" in out and "torch" in out and "extra video" in out and "disk" in out
+
+
+def test_a_device_is_tried_before_it_is_used() -> None:
+    """A name or an index that is not there is refused on machines with a GPU as well."""
+    from limbeck.core.run.distributed import _works
+
+    assert _works("cpu") and not _works("gpu") and not _works("cuda:99")

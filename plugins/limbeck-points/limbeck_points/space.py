@@ -70,7 +70,7 @@ class Space:
 
     def export(self, build: Build, path: Path, format: str) -> list[Path]:
         """A sheet of samples."""
-        return self.show(build, build.recipe.steps, path)
+        return self.show(build, build.step, path)
 
 
 def build(config: Plots, build: Build) -> Space:
