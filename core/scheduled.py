@@ -1,5 +1,6 @@
 """Scheduled scalars: anywhere a recipe takes a number it also takes `[step, value]` pairs."""
 
+from collections.abc import Callable
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
@@ -16,6 +17,22 @@ def _ascending(value: float | Pairs) -> float | Pairs:
 
 
 Scheduled = Annotated[float | Pairs, AfterValidator(_ascending)]
+
+
+def within(
+    low: float | None = None, high: float | None = None, above: float | None = None
+) -> Callable[[float | Pairs], float | Pairs]:
+    """A validator for every value of a schedule: low <= value <= high, value > above."""
+
+    def check(value: float | Pairs) -> float | Pairs:
+        for v in [v for _, v in value] if isinstance(value, list) else [value]:
+            if low is not None and v < low or high is not None and v > high or above is not None and v <= above:
+                bounds = [("at least", low), ("at most", high), ("above", above)]
+                wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+                raise ValueError(f"{v:g} must be {wanted}")
+        return value
+
+    return check
 
 
 def at(value: float | Pairs, step: int) -> float:

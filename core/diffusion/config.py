@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from limbeck.core.scheduled import Scheduled
+from limbeck.core.scheduled import Scheduled, within
 
+Time = Annotated[Scheduled, AfterValidator(within(0, 1))]
+Level = Annotated[Scheduled, AfterValidator(within(above=0))]
 WeightName = Literal["one", "sigma2", "alpha", "snr_trunc", "edm"]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Uniform(_Strict):
-    """t ~ U(lo, hi); both ends may move with the step (annealing)."""
+class _Range(_Strict):
+    """Two ends in order; numbers that move with the step are only checked against their own bounds."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        lo, hi = getattr(self, "lo"), getattr(self, "hi")  # noqa: B009
+        if not isinstance(lo, list) and not isinstance(hi, list) and lo > hi:
+            raise ValueError(f"lo is {lo:g}, above hi, {hi:g}; exchange them")
+        return self
+
+
+class Uniform(_Range):
+    """t ~ U(lo, hi), t from 0 (data) to 1 (noise); both ends may move with the step (annealing)."""
 
     kind: Literal["uniform"] = "uniform"
-    lo: Scheduled = 0.02
-    hi: Scheduled = 0.98
+    lo: Time = 0.02
+    hi: Time = 0.98
 
 
 class LogitNormal(_Strict):
     """t = sigmoid(mean + std n), the usual law of flow matching."""
 
     kind: Literal["logit_normal"] = "logit_normal"
-    mean: float = 0.0
-    std: float = Field(1.0, gt=0)
+    mean: Scheduled = 0.0
+    std: Level = 1.0
 
 
 class Index(_Strict):
@@ -39,29 +52,35 @@ class Index(_Strict):
     hi: int = Field(981, ge=1)
     count: int = Field(1000, ge=1)
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.lo < self.hi <= self.count:
+            raise ValueError(f"lo {self.lo} < hi {self.hi} <= count {self.count} must hold; hi itself is never drawn")
+        return self
 
-class LogUniformSigma(_Strict):
+
+class LogUniformSigma(_Range):
     """sigma/alpha log-uniform in [lo, hi]."""
 
     kind: Literal["log_uniform_sigma"] = "log_uniform_sigma"
-    lo: float = Field(0.05, gt=0)
-    hi: float = Field(8.0, gt=0)
+    lo: Level = 0.05
+    hi: Level = 8.0
 
 
 class LogNormalSigma(_Strict):
     """log(sigma/alpha) ~ N(mean, std^2): EDM's training law."""
 
     kind: Literal["log_normal_sigma"] = "log_normal_sigma"
-    mean: float = -1.2
-    std: float = Field(1.2, gt=0)
+    mean: Scheduled = -1.2
+    std: Level = 1.2
 
 
-class Karras(_Strict):
+class Karras(_Range):
     """(sigma/alpha)^(1/rho) uniform between its values at lo and hi: index-uniform on the Karras grid."""
 
     kind: Literal["karras"] = "karras"
-    lo: float = Field(0.002, gt=0)
-    hi: float = Field(80.0, gt=0)
+    lo: Level = 0.002
+    hi: Level = 80.0
     rho: float = Field(7.0, gt=0)
 
 

@@ -56,10 +56,12 @@ def _draw(config: TimeLaw) -> Draw:
     if isinstance(config, Uniform):
         return lambda n, gen, process, step: _between(at(config.lo, step), at(config.hi, step), _unit(n, gen))
     if isinstance(config, LogitNormal):
-        return lambda n, gen, process, step: torch.sigmoid(config.mean + config.std * _normal(n, gen))
+        return lambda n, gen, process, step: torch.sigmoid(
+            at(config.mean, step) + at(config.std, step) * _normal(n, gen)
+        )
     if isinstance(config, Index):
         return lambda n, gen, process, step: _index(config, n, gen)
-    return lambda n, gen, process, step: process.t_of_ratio(_ratio(config, n, gen))
+    return lambda n, gen, process, step: process.t_of_ratio(_ratio(config, n, gen, step))
 
 
 def _between(lo: float, hi: float, u: Tensor) -> Tensor:
@@ -71,14 +73,15 @@ def _index(config: Index, n: int, gen: torch.Generator) -> Tensor:
     return (k.double() + 1) / config.count
 
 
-def _ratio(config: LogUniformSigma | LogNormalSigma | Karras, n: int, gen: torch.Generator) -> Tensor:
+def _ratio(config: LogUniformSigma | LogNormalSigma | Karras, n: int, gen: torch.Generator, step: int) -> Tensor:
     """sigma/alpha of the three laws that are stated in noise level."""
     if isinstance(config, LogNormalSigma):
-        return torch.exp(config.mean + config.std * _normal(n, gen))
+        return torch.exp(at(config.mean, step) + at(config.std, step) * _normal(n, gen))
+    lo, hi = at(config.lo, step), at(config.hi, step)
     if isinstance(config, LogUniformSigma):
-        return torch.exp(_between(math.log(config.lo), math.log(config.hi), _unit(n, gen)))
+        return torch.exp(_between(math.log(lo), math.log(hi), _unit(n, gen)))
     power = 1 / config.rho
-    return torch.as_tensor(_between(config.lo**power, config.hi**power, _unit(n, gen)) ** config.rho)
+    return torch.as_tensor(_between(lo**power, hi**power, _unit(n, gen)) ** config.rho)
 
 
 def weight(name: str, process: Process, t: Tensor, sigma_data: float = 0.5, cap: float = 1e4) -> Tensor:

@@ -49,7 +49,7 @@ class Adversary:
 
     def __init__(self, config: AdversaryConfig, denoiser: Denoiser, head: Head) -> None:
         self.config, self.denoiser, self.head = config, denoiser, head
-        self.times = law(config.time)
+        self.times = law(config.time, config.t_group)
 
     def fool(self, ctx: Context, x: Tensor, cond: Encoded) -> Tensor:
         """softplus(-l_fake): the gradient reaches x [b, *S] through the frozen net at x_t."""

@@ -5,15 +5,17 @@ Each method has its own small class per nested setting, so that overriding one k
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from limbeck.core.diffusion.config import Edm, ProcessConfig, TimeLaw, Uniform
 from limbeck.core.run.config import OptimConfig
-from limbeck.core.scheduled import Scheduled
+from limbeck.core.scheduled import Scheduled, within
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+ScheduledShare = Annotated[Scheduled, AfterValidator(within(0, 1))]
+ScheduledPositive = Annotated[Scheduled, AfterValidator(within(above=0))]
 Reduction = Literal["sum", "mean"]  # over a sample's elements; always a mean over the batch
 Space = Literal["eps", "x0", "v", "flow"]
 Weighting = Literal["one", "sigma2", "alpha", "alpha2", "snr_trunc", "edm"]
@@ -32,10 +34,11 @@ class Denoising(Config):
 
     optim: OptimConfig = OptimConfig()
     time: TimeLaw = FULL
+    t_group: Count = 1  # neighbours of a batch that share one t (the views of a scene, the frames of a clip)
     space: Space | None = None  # what is compared; null: what the net predicts natively
     weighting: Weighting = "one"
     sigma_data: Positive = 0.5  # only for weighting: edm
-    dropout: Share = 0.1  # share of conditions replaced by the null condition
+    dropout: ScheduledShare = 0.1  # share of conditions replaced by the null condition
     whole_batch: bool = False  # drop the condition of the whole batch or of none
 
 
@@ -60,6 +63,7 @@ class AdversaryConfig(Config):
     generator: Scheduled = 1e-3  # weight of softplus(-l_fake) in the student's loss
     discriminator: Scheduled = 1e-2  # weight of the head's loss in the critic's
     time: TimeLaw = FULL
+    t_group: Count = 1  # neighbours of a batch that share one t (the views of a scene, the frames of a clip)
 
 
 class RatioConfig(Config):
@@ -77,6 +81,7 @@ class Matched(Config):
 
     optim: OptimConfig = OptimConfig(lr=1e-5)
     time: TimeLaw = Uniform(lo=0.02, hi=0.98)
+    t_group: Count = 1  # neighbours of a batch that share one t (the views of a scene, the frames of a clip)
     guidance: Scheduled = 1.0  # of the teacher: eps_u + g (eps_c - eps_u)
     critic: CriticConfig = CriticConfig()
     reduction: Reduction = "mean"
@@ -122,7 +127,7 @@ class SlowOptim(CriticOptim):
 class FullCritic(CriticConfig):
     kind: Literal["full", "lora", "mlp"] = "full"
     optim: CriticOptim = CriticOptim()
-    dropout: Share = 0.0
+    dropout: ScheduledShare = 0.0
 
 
 class Dmd2(Matched):
@@ -158,7 +163,7 @@ class SimStudentOptim(SimOptim):
 class SimCritic(CriticConfig):
     kind: Literal["full", "lora", "mlp"] = "full"
     optim: SimOptim = SimOptim()
-    dropout: Share = 0.0
+    dropout: ScheduledShare = 0.0
 
 
 class Sim(Matched):
@@ -166,7 +171,7 @@ class Sim(Matched):
 
     optim: SimStudentOptim = SimStudentOptim()
     critic: SimCritic = SimCritic()
-    huber: Positive = 0.03  # the pseudo-Huber's c is huber * sqrt(numel)
+    huber: ScheduledPositive = 0.03  # the pseudo-Huber's c is huber * sqrt(numel)
     weighting: Weighting = "one"
 
 
@@ -174,12 +179,13 @@ class Score(Config):
     """Any operator on any student; a critic is needed by the operators that read one (vsd, dmd)."""
 
     operator: str = "sds"
-    scale: float | None = None  # nfsd's s, bsd's lambda, auto_bsd's smoothing factor; null: the paper's
+    scale: Scheduled | None = None  # nfsd's s, bsd's lambda, auto_bsd's smoothing factor; null: the paper's
     optim: OptimConfig = OptimConfig(lr=1e-3)
     time: TimeLaw = Uniform(lo=0.02, hi=0.98)
+    t_group: Count = 1  # neighbours of a batch that share one t (the views of a scene, the frames of a clip)
     guidance: Scheduled = 7.5
     negative: str | None = None  # the unconditional branch's prompt (nfsd: the bad-quality one); null: the teacher's
-    shift: Annotated[float, Field(gt=0, le=1)] = 0.1  # asd: t2 = t + shift (t - t_min) u
+    shift: Annotated[Scheduled, AfterValidator(within(0, 1, above=0))] = 0.1  # asd: t2 = t + shift (t - t_min) u
     shift_random: bool = True  # u uniform in (0, 1), or 1
     critic: CriticConfig | None = None  # null: the default critic, where the operator reads one
     reduction: Reduction = "sum"

@@ -73,12 +73,12 @@ class Regression:
 
     def __init__(self, denoiser: Denoiser, config: settings.Denoising, null: Encoded) -> None:
         self.denoiser, self.config, self.null = denoiser, config, null
-        self.times = law(config.time)
+        self.times = law(config.time, config.t_group)
 
     def loss(self, ctx: Context, name: str, x0: Tensor, cond: Encoded) -> Tensor:
         """The loss on x0 [b, *S] (detached by the caller) with the streams of `name`."""
         x_t, t, eps = noised(ctx, name, x0, self.times, self.denoiser.process)
-        cond = dropped(ctx, name, cond, self.null, self.config.dropout, self.config.whole_batch)
+        cond = dropped(ctx, name, cond, self.null, ctx.at(self.config.dropout), self.config.whole_batch)
         return regression(self.denoiser.predict(x_t, t, cond), x0, eps, self.config)
 
 

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from limbeck.core.diffusion.config import Uniform
 from limbeck.core.diffusion.denoiser import Denoiser, Encoded, Prediction, Query, predict
 from limbeck.core.diffusion.guidance import combine
 from limbeck.core.diffusion.process import Process
@@ -57,14 +58,17 @@ def guided(
 class AsdShift:
     """ASD's larger time t2 = t + ratio (t - t_min) u, at most t_max; t_min is the law's current lower end."""
 
-    ratio: float
+    ratio: Scheduled
     random: bool
     t_min: Scheduled
+    group: int = 1  # neighbours that share one t share u as well
 
     def __call__(self, ctx: Context, name: str, t: Tensor, process: Process) -> Tensor:
         """t2 [b]."""
         u = ctx.draws.uniform(f"{name}.shift") if self.random else torch.ones_like(t)
-        return (t + self.ratio * (t - at(self.t_min, ctx.step)).clamp_min(0) * u.to(t)).clamp_max(process.t_max)
+        u = u[:: self.group].repeat_interleave(self.group)[: len(t)].to(t)
+        ratio, t_min = ctx.at(self.ratio), at(self.t_min, ctx.step)
+        return (t + ratio * (t - t_min).clamp_min(0) * u).clamp_max(process.t_max)
 
 
 @dataclass
@@ -79,7 +83,7 @@ class Residual:
     guidance: Scheduled
     critic: Critic | None = None
     mean: bool = False  # papers with a mean over elements: w/numel
-    scale: float | None = None
+    scale: Scheduled | None = None
     negative: Encoded | None = None
     shift: AsdShift | None = None
     adversary: Adversary | None = None
@@ -89,7 +93,7 @@ class Residual:
         """surrogate(x, r, w): the gradient on x is w r over the batch."""
         with torch.no_grad():
             t, branches = self.branches(ctx, x.detach(), cond)
-            r = self.operator.on(branches, self.scale)
+            r = self.operator.on(branches, None if self.scale is None else ctx.at(self.scale))
             w = weight(self.operator.weight, self.teacher.process, t) / (x[0].numel() if self.mean else 1)
             ctx.log(f"{self.name}/residual", r.square().mean().sqrt())
         return surrogate(x, r, w)
@@ -138,7 +142,7 @@ class Implicit:
     times: Law
     guidance: Scheduled
     critic: Critic
-    huber: float
+    huber: Scheduled
     weighting: str
     mean: bool = True
 
@@ -149,7 +153,7 @@ class Implicit:
         scale = ctx.at(self.guidance)
         teacher = guided(self.teacher, x_t, t, cond, self.null, scale)
         critic = guided(self.critic.denoiser, x_t, t, cond, self.null, self.critic.scale(ctx, scale))
-        loss = implicit_loss(x, teacher, critic, self.huber * x[0].numel() ** 0.5)
+        loss = implicit_loss(x, teacher, critic, ctx.at(self.huber) * x[0].numel() ** 0.5)
         w = weight(self.weighting, process, t).to(loss)
         return (w * loss).mean() / (x[0].numel() if self.mean else 1)
 
@@ -217,7 +221,10 @@ def _critic_player(build: Build, critic: Critic, adversary: Adversary | None) ->
     """One player for the critic and the head: they share their phase and optimiser (DMD2's choice)."""
     nets = nn.ModuleDict({"net": critic.denoiser} | ({"head": adversary.head} if adversary else {}))
     small = critic.config.kind == "lora"  # hooks call its layers, not the patch itself, so it cannot be sharded
-    return build.player("critic", dict(nets.named_parameters()) if small else nets, plain(critic.config.optim))
+    player = build.player("critic", dict(nets.named_parameters()) if small else nets, plain(critic.config.optim))
+    if next(p for p in nets.parameters() if p.requires_grad) is not player.tensors[0]:  # it would never be trained
+        raise BadInput("two losses of this stage have a critic each; keep one of them, or use two stages")
+    return player
 
 
 def _adversary(
@@ -244,8 +251,8 @@ def build_residual(config: settings.SwiftBrush | settings.Dmd2, build: Build) ->
     ratio = Ratio(config.ratio, build.device) if isinstance(config, settings.FDistill) else None
     operator = "vsd" if isinstance(config, settings.SwiftBrush) else "f_distill" if ratio else "dmd"
     rule = Residual(
-        operator, source.model.denoiser, source.null, OPERATORS[operator], law(config.time), config.guidance,
-        critic, config.reduction == "mean", adversary=adversary, ratio=ratio,
+        operator, source.model.denoiser, source.null, OPERATORS[operator], law(config.time, config.t_group),
+        config.guidance, critic, config.reduction == "mean", adversary=adversary, ratio=ratio,
     )  # fmt: skip
     return _matching(build, config, source, rule, critic, adversary, ratio)
 
@@ -254,8 +261,8 @@ def build_sim(config: settings.Sim, build: Build) -> Matching:
     """Factory of sim."""
     source = Source.of(build)
     critic = Critic.of(config.critic, source.model, source.null, build.device)
-    rule = Implicit("sim", source.model.denoiser, source.null, law(config.time), config.guidance, critic,
-                    config.huber, config.weighting, config.reduction == "mean")  # fmt: skip
+    rule = Implicit("sim", source.model.denoiser, source.null, law(config.time, config.t_group), config.guidance,
+                    critic, config.huber, config.weighting, config.reduction == "mean")  # fmt: skip
     return _matching(build, config, source, rule, critic)
 
 
@@ -266,12 +273,12 @@ def build_score(config: settings.Score, build: Build) -> Matching:
     critic = None
     if "critic" in operator.reads:
         critic = Critic.of(config.critic or settings.CriticConfig(), source.model, source.null, build.device)
-    t_min = getattr(config.time, "lo", 0.0) if config.time.kind == "uniform" else source.model.denoiser.process.t_min
+    t_min = config.time.lo if isinstance(config.time, Uniform) else source.model.denoiser.process.t_min
     rule = Residual(
-        f"score.{config.operator}", source.model.denoiser, source.null, operator, law(config.time), config.guidance,
-        critic, config.reduction == "mean", config.scale,
+        f"score.{config.operator}", source.model.denoiser, source.null, operator, law(config.time, config.t_group),
+        config.guidance, critic, config.reduction == "mean", config.scale,
         negative=None if config.negative is None else source.model.encode([config.negative]),
-        shift=AsdShift(config.shift, config.shift_random, t_min),
+        shift=AsdShift(config.shift, config.shift_random, t_min, config.t_group),
     )  # fmt: skip
     student = build.player("student", source.student, plain(config.optim))
     return Matching(source, rule, student, critic, _critic_player(build, critic, None) if critic else None)

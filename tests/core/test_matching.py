@@ -137,6 +137,37 @@ def test_asd_asks_at_a_larger_t_with_the_same_noise_without_guidance():
     assert torch.allclose(OPERATORS["asd"].on(branches), branches["teacher"].eps - branches["later"].eps)
 
 
+def test_views_of_a_group_share_both_times_of_asd():
+    grouped = AsdShift(0.1, True, 0.02, 4)
+    one = replace(rule("asd", shift=grouped), times=law(Uniform(lo=0.02, hi=0.98), 4))
+    _, branches = one.branches(ctx(), torch.zeros(16, 2), COND)
+    for name in ("teacher", "later"):
+        t = branches[name].t.reshape(4, 4)
+        assert (t == t[:, :1]).all() and len(t.unique()) == 4
+
+
+def test_numbers_of_a_loss_move_with_the_step():
+    sets = ["teacher.labels=true", f"{LOSS}.kind=score", f"{LOSS}.operator=bsd", f"{LOSS}.t_group=4"]
+    _, objective = build(*sets, f"{LOSS}.scale=[[0, 18.0], [100, 2.0]]", f"{LOSS}.shift=[[0, 0.1], [10, 0.3]]")
+    x = torch.randn(16, 2, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    found = [objective.rule(replace_step(step), x, COND) for step in (0, 100)]
+    _, plain = build(*sets, f"{LOSS}.scale=2.0")
+    assert torch.equal(found[1], plain.rule(replace_step(100), x, COND)) and not torch.equal(*found)
+    with pytest.raises(BadInput, match="at most 1"):
+        build(*sets, f"{LOSS}.shift=[[0, 0.1], [10, 3.0]]")
+
+
+def replace_step(step):
+    return Context(step, "s", Draws(0, 0, 16), 1, 0, CPU)
+
+
+def test_two_critics_in_a_stage_are_refused():
+    recipe = load("toy/ring4", ["batch=16"])
+    stage = recipe.stages[0].model_copy(update={"losses": recipe.stages[0].losses * 2})
+    with pytest.raises(BadInput, match="a critic each"):
+        Build(recipe).objective(stage)
+
+
 def test_asd_at_the_end_of_the_process_stays_inside():
     shift = AsdShift(1.0, False, 0.0)
     assert shift(ctx(), "a", torch.tensor([0.9, 0.2]), VP("cosine")).tolist() == pytest.approx([0.999, 0.4])

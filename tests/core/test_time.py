@@ -56,6 +56,20 @@ def test_noise_level_laws():
     assert near(t.mean(), (1 + low) / 2, 0.23) and t.min() >= low - 1e-6
 
 
+@pytest.mark.parametrize(
+    ("config", "moved"),
+    [
+        ({"kind": "logit_normal", "mean": [[0, -2.0], [100, 2.0]]}, {"kind": "logit_normal", "mean": 2.0}),
+        ({"kind": "log_normal_sigma", "std": [[0, 1.0], [100, 0.5]]}, {"kind": "log_normal_sigma", "std": 0.5}),
+        ({"kind": "log_uniform_sigma", "hi": [[0, 8.0], [100, 1.0]]}, {"kind": "log_uniform_sigma", "hi": 1.0}),
+        ({"kind": "karras", "lo": [[0, 0.002], [100, 0.1]]}, {"kind": "karras", "lo": 0.1}),
+    ],
+)
+def test_every_law_takes_schedules(config, moved):
+    assert torch.equal(draw(config, EDM(), 100, n=50), draw(moved, EDM(), n=50))
+    assert not torch.equal(draw(config, EDM(), 0, n=50), draw(moved, EDM(), n=50))
+
+
 def test_groups_share_a_time():
     t = draw({"kind": "uniform"}, VP(), n=12, group=4).reshape(3, 4)
     assert (t == t[:, :1]).all() and len(t[:, 0].unique()) == 3
@@ -90,6 +104,17 @@ def test_weights():
 
 
 def test_settings_are_strict():
-    for bad in ({"kind": "uniform", "low": 0.1}, {"kind": "gauss"}, {"kind": "logit_normal", "std": -1}):
+    wrong = (
+        {"kind": "uniform", "low": 0.1},
+        {"kind": "uniform", "lo": 20, "hi": 980},  # indices, where t in [0, 1] is meant
+        {"kind": "uniform", "lo": 0.9, "hi": 0.1},
+        {"kind": "uniform", "hi": [[0, 0.98], [10, 1.5]]},
+        {"kind": "uniform", "hi": math.nan},
+        {"kind": "index", "lo": 500, "hi": 500},
+        {"kind": "karras", "lo": [[0, 0.0]]},
+        {"kind": "gauss"},
+        {"kind": "logit_normal", "std": -1},
+    )
+    for bad in wrong:
         with pytest.raises(ValidationError):
             TypeAdapter(TimeLaw).validate_python(bad)
