@@ -11,6 +11,7 @@ import torch
 
 from limbeck.core.run import checkpoint, job
 from limbeck.core.run import recipe as recipes
+from limbeck.core.run.errors import BadInput
 from limbeck.domains.image import models
 
 COMMON = ["steps=20", "checkpoint.every=10", "checkpoint.keep=5", "sample.every=1000", "eval=[]"]
@@ -85,6 +86,13 @@ def test_a_domain_resumes_as_a_process(name: str, tiny_teacher: Path, tmp_path: 
     order = [sys.executable, "-m", "limbeck", "resume", str(halves)]
     subprocess.run(order, check=True, capture_output=True, timeout=240)
     assert_same(whole, halves)
+
+
+def test_data_of_another_size_than_the_teacher_is_refused(tmp_path: Path, tiny_teacher: Path) -> None:
+    """The net is convolutional: it would train on the wrong size without a word."""
+    recipe = recipes.load("image/teacher", [*overrides("image/teacher", tiny_teacher), "teacher.size=64"])
+    with pytest.raises(BadInput, match=r"shape \[3, 32, 32\], the teacher has \[3, 64, 64\]"):
+        job.run(recipe, tmp_path / "run", device="cpu", quiet=True)
 
 
 @pytest.mark.parametrize("name", recipes.names())

@@ -70,7 +70,13 @@ class Source:
         if batch is None or batch.x is None:
             raise BadInput("this loss needs real data and `data` gives none; set adversary: null or change data")
         with torch.no_grad():
-            return self.model.codec.encode(batch.x.to(ctx.device)), self.model.encode(batch.prompts)
+            x0 = self.model.codec.encode(batch.x.to(ctx.device))
+            if tuple(x0.shape[1:]) != tuple(self.model.shape):  # a convolutional net would train on them all the same
+                raise BadInput(
+                    f"data gives samples of shape {list(x0.shape[1:])}, the teacher has {list(self.model.shape)}; "
+                    "give both one size"
+                )
+            return x0, self.model.encode(batch.prompts)
 
 
 def global_mean(value: Tensor, ctx: Context) -> Tensor:
