@@ -146,6 +146,10 @@ class Denoiser(nn.Module):
         """Open the state of one trajectory; stateless denoisers return themselves."""
         return self
 
+    def pick(self, index: Tensor) -> Denoiser:
+        """This denoiser for the rows `index` of its batch (resampling); those that keep nothing per row stay."""
+        return self
+
 
 def predict(denoiser: Denoiser, queries: Sequence[Query], features: bool = False) -> list[Prediction]:
     """Answer several (x_t, t, cond) in ONE forward; a cond of one row serves its whole query."""

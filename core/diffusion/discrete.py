@@ -25,6 +25,13 @@ def soft_rows(x: Tensor, vocab: int) -> Tensor:
     return x.double() if x.is_floating_point() else F.one_hot(x, vocab + 1).double()
 
 
+def _where(gone: Tensor, ids: Tensor, x0: Tensor, vocab: int) -> Tensor:
+    """The tokens `ids` [B,L] where gone, x0 elsewhere, in the form of x0 (ids or soft rows)."""
+    if not x0.is_floating_point():
+        return torch.where(gone, ids, x0)
+    return torch.where(gone[..., None], soft_rows(ids, vocab).to(x0.dtype), x0)
+
+
 def categorical(probs: Tensor, gen: torch.Generator) -> Tensor:
     """Exact draws by inverse CDF in float64 from unnormalised probs [..., V]; a zero is never drawn.
 
@@ -59,8 +66,8 @@ class MaskProcess(Process):
         return 1 / (1 + 1 / r.double())
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t [B,L] of ids x0; eps [B,L] is uniform in [0,1)."""
-        return torch.where(eps < expand(t, x0), self.vocab, x0)
+        """x_t of x0, ids [B,L] or soft rows [B,L,V+1] (with their gradient); eps [B,L] is uniform in [0,1)."""
+        return _where(eps < expand(t, eps), torch.full(eps.shape, self.vocab, device=eps.device), x0, self.vocab)
 
     def initial(self, batch: int, length: int, gen: torch.Generator | None = None) -> Tensor:
         """The state at t = 1: all masks [B,L]."""
@@ -111,10 +118,10 @@ class UniformProcess(Process):
         return 1 / (1 + 1 / r.double())
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t [B,L] of ids x0; one uniform eps [B,L] decides whether (eps < t) and by what (its place below t)."""
-        level = expand(t.double(), x0)
+        """x_t of x0, ids [B,L] or rows; one uniform eps [B,L] decides whether (eps < t) and by what (its place)."""
+        level = expand(t.double(), eps)
         other = (eps.double() / level * self.vocab).floor().clamp(max=self.vocab - 1).long()
-        return torch.where(eps < level, other, x0)
+        return _where(eps < level, other, x0, self.vocab)
 
     def initial(self, batch: int, length: int, gen: torch.Generator | None = None) -> Tensor:
         """The state at t = 1: uniform tokens [B,L]."""

@@ -45,6 +45,14 @@ class Guided(Denoiser):
     def begin(self, times: Tensor) -> Denoiser:
         return Guided(self.inner.begin(times), self.null, self.scale, self.interval)
 
+    def pick(self, index: Tensor) -> Denoiser:
+        """Scales and null conditions per sample follow their rows."""
+        scale = self.scale
+        if isinstance(scale, Tensor) and scale.numel() > 1:
+            scale = scale[index.to(scale.device)]
+        null = {k: v[index.to(v.device)] if len(v) > 1 else v for k, v in self.null.items()}
+        return Guided(self.inner.pick(index), null, scale, self.interval)
+
     def wrap(self, raw: Tensor, x_t: Tensor, t: Tensor, features: Features | None = None) -> Prediction:
         return self.inner.wrap(raw, x_t, t, features)
 

@@ -426,7 +426,7 @@ def trajectory(
     """Walk from x [B,*S] along times [K+1] (or [K+1,B]), yielding every Step; gradient through the last `grad_last`.
 
     `on_step(step)` may return a state to go on with, or an index [N] (whole numbers, one axis) to resample the batch
-    by: state, condition and per-row times follow. `remat` recomputes activations in the backward pass.
+    by: state, condition, per-row times and guidance follow. `remat` recomputes activations in the backward pass.
     """
     denoiser, cond = denoiser.begin(times), repeat_cond(cond or {}, len(x))
     count = len(times) - 1
@@ -439,7 +439,7 @@ def trajectory(
             step = Step(i, t, s, x, pred, proposal, proposal, kernel)
             answer = on_step(step) if on_step is not None else None
             if answer is not None and _is_index(answer):
-                step.x_next, cond = proposal[answer], index_cond(cond, answer)
+                step.x_next, cond, denoiser = proposal[answer], index_cond(cond, answer), denoiser.pick(answer)
                 grid = grid[:, answer] if grid.ndim > 1 else grid
             elif answer is not None:
                 step.x_next = answer

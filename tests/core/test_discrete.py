@@ -238,6 +238,18 @@ def test_soft_rows_of_ids_are_the_ids():
         torch.testing.assert_close(kernel.kl(hard, b, x, t, s), kernel.kl(soft, b, rows, t, s))
 
 
+@pytest.mark.parametrize("process", [MaskProcess(3), UniformProcess(3)], ids=["mask", "uniform"])
+def test_noise_on_soft_rows_is_noise_on_ids_and_keeps_the_gradient(process):
+    """A student's soft tokens are noised like ids; what is left of them carries gradient."""
+    ids, t = torch.randint(3, (40, 5), generator=gen()), torch.linspace(0.1, 0.9, 40, dtype=torch.float64)
+    eps = torch.rand(40, 5, generator=gen(1), dtype=torch.float64)
+    rows = soft_rows(ids, 3).requires_grad_()
+    noised = process.add_noise(rows, eps, t)
+    assert torch.equal(noised, soft_rows(process.add_noise(ids, eps, t), 3))
+    (grad,) = torch.autograd.grad(noised.sum(), rows)
+    assert torch.equal(grad[..., 0], (eps >= t[:, None]).double())
+
+
 @pytest.mark.parametrize(
     "process,kernel", [(MaskProcess(3), mask()), (UniformProcess(3), uniform())], ids=["mask", "uniform"]
 )

@@ -9,7 +9,7 @@ from limbeck.core.diffusion.denoiser import Network, predict
 from limbeck.core.diffusion.guidance import combine, guide
 from limbeck.core.diffusion.mixture import GaussianMixture
 from limbeck.core.diffusion.process import EDM, VP, Flow
-from limbeck.core.diffusion.sampling import ddim, sample
+from limbeck.core.diffusion.sampling import ddim, sample, trajectory
 
 torch.set_num_threads(1)
 NULL = {"label": torch.tensor([-1])}
@@ -130,3 +130,18 @@ def test_guided_flow_ends_where_the_closed_form_says(convention, mean):
     times = torch.linspace(0.999, 0, 401, dtype=torch.float64)
     x = sample(guide(teacher, NULL, convention), z, times, ddim(), cond={"label": torch.zeros(1, dtype=torch.long)})
     assert abs(float(x.mean()) - mean) < 0.04 and abs(float(x.std()) - 0.4) < 0.03
+
+
+def test_scales_per_sample_follow_a_resampling():
+    """Branching [0, 0, 1, 1] must not guide the copies of row 0 by the scale of row 1."""
+    x, scale, index = batch(2)[0], torch.tensor([0.5, 4.0], dtype=torch.float64), torch.tensor([0, 0, 1, 1])
+    cond, grid = {"label": torch.tensor([0, 1])}, torch.tensor([0.9, 0.6, 0.3])
+    teacher = guide(two_classes(), {"label": torch.tensor([-1, 0])}, scale)
+
+    def branch(step):
+        return index if step.i == 0 else None
+
+    first, second = trajectory(teacher, ddim(), x, grid, cond, on_step=branch)
+    alone = guide(two_classes(), {"label": torch.tensor([-1, -1, 0, 0])}, scale[index])
+    expected = alone.predict(first.x_next, torch.full((4,), 0.6), {"label": cond["label"][index]})
+    assert torch.equal(second.pred.raw, expected.raw)
