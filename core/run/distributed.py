@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from limbeck.core.run.errors import BadInput
 from limbeck.core.run.players import Player
 
 CALLED = ("sample", "denoise", "rollout", "predict")  # methods other than forward that may be called on a sharded net
+PATIENCE = timedelta(days=1)  # others wait while the first process samples and evaluates; torchrun ends them if it dies
 GRACE_SECONDS = 600  # to finish a step and write a checkpoint once a signal has come
 
 
@@ -34,6 +36,7 @@ class Team:
     def __init__(self, device: str | None = None, precision: str = "fp32", shard: bool = False) -> None:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
+        from accelerate.utils import InitProcessGroupKwargs
 
         cpu = device == "cpu" or not _has_accelerator()
         if device not in (None, "cpu") and (cpu or not _works(device)):
@@ -41,7 +44,9 @@ class Team:
         if precision == "fp16" and cpu:
             raise BadInput("precision: fp16 needs a GPU; use precision: bf16 or fp32 on the CPU")
         AcceleratorState._reset_state()  # it remembers the last run's precision
-        self.accelerator = Accelerator(cpu=cpu, mixed_precision="no" if precision == "fp32" else precision)
+        patience = InitProcessGroupKwargs(timeout=PATIENCE)
+        kind = "no" if precision == "fp32" else precision
+        self.accelerator = Accelerator(cpu=cpu, mixed_precision=kind, kwargs_handlers=[patience])
         self.device = torch.device(device) if device and not cpu and self.size == 1 else self.accelerator.device
         self.precision, self.shard = precision, shard
         if shard and self.size == 1:

@@ -52,5 +52,7 @@ if __name__ == "__main__":
     if not registry().specs.get(("objective", "tinyrun.pair")):
         registry().add("tinyrun", "tinyrun", Path(tinyrun.__file__).parent)
     main(sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "shard")
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_initialized():  # the others wait while one evaluates, for hours if need be
+        backend = torch.distributed.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+        assert backend.options._timeout.total_seconds() > 3600
         torch.distributed.destroy_process_group()
