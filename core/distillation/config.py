@@ -3,9 +3,9 @@
 Each method has its own small class per nested setting, so that overriding one key keeps the method's other defaults.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from limbeck.core.diffusion.config import Edm, ProcessConfig, TimeLaw, Uniform
 from limbeck.core.run.config import OptimConfig
@@ -74,6 +74,12 @@ class RatioConfig(Config):
     hi: Positive = 20.0
     bins: Count = 10
     rate: Share = 0.0  # how much of the old mean is kept when a batch arrives
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.lo >= self.hi:
+            raise ValueError(f"lo is {self.lo:g}, not below hi, {self.hi:g}: every sample would weigh the same")
+        return self
 
 
 class Matched(Config):

@@ -17,7 +17,9 @@ from limbeck.core.run.players import Phase, Player
 
 
 def draw_t(ctx: Context, name: str, times: Law, process: Process) -> Tensor:
-    """t [b] of this process's rows, drawn for the global batch."""
+    """t [b] of this process's rows, drawn for the global batch; no group of a shared t is cut between processes."""
+    if ctx.batch % times.group:
+        raise BadInput(f"{ctx.batch} samples a process are no whole groups of t_group: {times.group}; change `batch`")
     t = times.sample(ctx.global_batch, ctx.draws.gen(f"{name}.t"), process, ctx.step)
     return t[ctx.draws.rows].to(ctx.device)
 

@@ -339,6 +339,13 @@ def test_a_wrong_operator_or_scale_is_refused():
         build(f"{LOSS}.kind=f-distill", f"{LOSS}.adversary.features=critic")
 
 
+def test_groups_and_clamps_that_cannot_be_are_refused():
+    with pytest.raises(BadInput, match="t_group: 5"):
+        trainer(f"{LOSS}.t_group=5").one_step()
+    with pytest.raises(BadInput, match="not below hi"):
+        build(f"{LOSS}.kind=f-distill", f"{LOSS}.ratio.lo=30.0")
+
+
 def test_an_adversary_without_data_is_refused():
     run = trainer("data=null")
     with pytest.raises(BadInput, match="adversary: null"):
