@@ -117,7 +117,11 @@ class Job:
         self.checkpoints = self.build.folder / "checkpoints"
 
     def estimate_all(self) -> int:
-        """What `--dry-run` shows: each stage's memory and time, and nothing left behind."""
+        """What `--dry-run` shows: each stage's memory and time (for a table: row by row), and nothing left behind."""
+        for row in self.recipe.rows:
+            self.metrics.say(f"{row.label} ({row.recipe}):")
+            inner = table.recipe_of(self.recipe, row)
+            run(inner, self.build.folder, device=str(self.team.device), dry_run=True, quiet=self.metrics.quiet)
         for stage in self.recipe.stages:
             self.estimate(stage)
         return 0

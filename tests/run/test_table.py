@@ -43,6 +43,13 @@ def test_both_rows_are_in_one_table_with_their_sheets(two: recipes.Recipe, tmp_p
     assert "dmd2" in (folder / "report.html").read_text()
 
 
+def test_a_dry_run_estimates_every_row(two: recipes.Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert job.run(two, tmp_path / "run", device="cpu", dry_run=True) == 0
+    said = capsys.readouterr().out
+    assert "dmd2 (toy/ring4):" in said and "sds (toy/ring4):" in said and said.count("estimate:") == 2
+    assert not (tmp_path / "run").exists()
+
+
 def test_resume_does_only_what_is_missing(two: recipes.Recipe, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert job.run(two, folder, device="cpu", quiet=True) == 0
