@@ -217,6 +217,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = _say("stopped", 130)
     except Exception as error:
         code = _explain(error)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # all is written; gloo's threads may abort an interpreter's own end
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

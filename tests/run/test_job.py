@@ -118,8 +118,6 @@ def test_bf16_runs_and_keeps_float32_weights(load, tmp_path: Path) -> None:
     assert tensors["player/generator/param/first.weight"].dtype == torch.float32
 
 
-def test_jobs_that_do_not_train(load, tmp_path: Path) -> None:
+def test_a_job_that_only_samples(load, tmp_path: Path) -> None:
     assert job.run(load("job=sample", "stages=[]"), tmp_path / "s", device="cpu", quiet=True) == 0
     assert [path.name for path in (tmp_path / "s" / "samples").iterdir()] == ["step-00000000.png"]
-    assert job.run(load("job=table", "stages=[]"), tmp_path / "t", device="cpu", quiet=True) == 0
-    assert (tmp_path / "t" / "eval.json").exists() and not (tmp_path / "t" / "samples").exists()
