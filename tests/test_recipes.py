@@ -11,6 +11,7 @@ import torch
 
 from limbeck.core.run import checkpoint, job
 from limbeck.core.run import recipe as recipes
+from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput
 from limbeck.domains.image import models
 
@@ -101,3 +102,10 @@ def test_a_recipe_is_short_and_says_what_it_does(name: str) -> None:
     assert data["about"] and data["expect"]["minutes"] > 0
     path = Path(recipes.registry().recipe(name))
     assert len(path.read_text().splitlines()) <= 40
+
+
+def test_a_teacher_goes_on_from_given_weights(tiny_teacher: Path) -> None:
+    recipe = recipes.load("image/teacher", [f"teacher.start={tiny_teacher}"])
+    started = Build(recipe).piece("teacher").denoiser.net.state_dict()
+    given = models.load_teacher(tiny_teacher)[0].state_dict()
+    assert started.keys() == given.keys() and all(torch.equal(started[key], given[key]) for key in given)

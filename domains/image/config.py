@@ -22,7 +22,7 @@ class Fluent(Config):
 
 
 class FreshUNet(Config):
-    """A small text-to-image U-Net from random weights: what `image/teacher` trains."""
+    """A small text-to-image U-Net: what `image/teacher` trains, from random weights or from an embedded teacher's."""
 
     size: Literal[32, 64] = 32
     channels: Annotated[list[Annotated[int, Field(ge=32, multiple_of=32)]], Field(min_length=2, max_length=5)] = [
@@ -31,6 +31,7 @@ class FreshUNet(Config):
         192,
     ]
     layers: Annotated[int, Field(ge=1, le=4)] = 1
+    start: str | None = None  # an embedded teacher, or a folder in its format, to go on from; channels are then its own
 
 
 class Pictures(Config):

@@ -9,7 +9,7 @@ from limbeck.core.run.build import Batch, Build
 from limbeck.domains.image import config as settings
 from limbeck.domains.image import models
 from limbeck.domains.image.data import FluentData
-from limbeck.domains.image.teacher import embedded_model
+from limbeck.domains.image.teacher import embedded_model, folder_of
 
 
 class FluentPieces:
@@ -35,6 +35,10 @@ def data(config: settings.Fluent, build: Build) -> FluentPieces:
 
 
 def fresh_teacher(config: settings.FreshUNet, build: Build) -> Model:
-    """The slot `teacher` of `image/teacher`: random weights, rectified flow in pixels, MiniLM token states."""
-    net = models.build_unet(config.size, tuple(config.channels), config.layers).to(build.device)
-    return embedded_model(net, (3, config.size, config.size), "flow", build.device, "fresh")
+    """The slot `teacher` of `image/teacher`: a net to train, rectified flow in pixels, MiniLM token states."""
+    if config.start is None:
+        net, size = models.build_unet(config.size, tuple(config.channels), config.layers), config.size
+    else:
+        net, meta = models.load_teacher(folder_of(config.start))
+        size = meta["size"]
+    return embedded_model(net.to(build.device), (3, size, size), "flow", build.device, "fresh")

@@ -32,6 +32,11 @@ def embedded(name: str, device: str | torch.device = "cpu") -> Model:
     return load_embedded(ASSETS / name, device)
 
 
+def folder_of(name: str) -> Path:
+    """The folder of an embedded teacher, or the folder itself."""
+    return ASSETS / name if name in names() else Path(name).expanduser()
+
+
 def names() -> list[str]:
     """The teachers that come with limbeck."""
     return sorted(path.parent.name for path in ASSETS.glob(f"*/{MARK}"))
@@ -39,7 +44,7 @@ def names() -> list[str]:
 
 def build(config: Teacher, build: Build) -> Model:
     """`model:` is an embedded name, a local folder (ours or diffusers'), or a hub id."""
-    folder = ASSETS / config.model if config.model in names() else Path(config.model).expanduser()
+    folder = folder_of(config.model)
     if (folder / MARK).is_file():
         return load_embedded(folder, build.device)
     if "/" not in config.model and not folder.exists():
