@@ -1,5 +1,6 @@
 """Scheduled scalars: anywhere a recipe takes a number it also takes `[step, value]` pairs."""
 
+import operator
 from collections.abc import Callable
 from typing import Annotated
 
@@ -20,16 +21,19 @@ Scheduled = Annotated[float | Pairs, AfterValidator(_ascending)]
 
 
 def within(
-    low: float | None = None, high: float | None = None, above: float | None = None
+    low: float | None = None, high: float | None = None, above: float | None = None, below: float | None = None
 ) -> Callable[[float | Pairs], float | Pairs]:
-    """A validator for every value of a schedule: low <= value <= high, value > above."""
+    """A validator for every value of a schedule: low <= value <= high, above < value < below."""
+    tests: list[tuple[str, float | None, Callable[[float, float], bool]]] = [
+        ("at least", low, operator.ge), ("at most", high, operator.le),
+        ("above", above, operator.gt), ("below", below, operator.lt),
+    ]  # fmt: skip
+    bounds = [(word, bound, holds) for word, bound, holds in tests if bound is not None]
 
     def check(value: float | Pairs) -> float | Pairs:
         for v in [v for _, v in value] if isinstance(value, list) else [value]:
-            if low is not None and v < low or high is not None and v > high or above is not None and v <= above:
-                bounds = [("at least", low), ("at most", high), ("above", above)]
-                wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
-                raise ValueError(f"{v:g} must be {wanted}")
+            if not all(holds(v, bound) for _, bound, holds in bounds):
+                raise ValueError(f"{v:g} must be {' and '.join(f'{word} {bound:g}' for word, bound, _ in bounds)}")
         return value
 
     return check

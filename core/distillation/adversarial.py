@@ -87,7 +87,7 @@ class Ratio:
 
     def __call__(self, ctx: Context, logits: Tensor, t: Tensor) -> Tensor:
         """The weight [b] of each sample, mean one over the global batch; updates the bins."""
-        r = logits.detach().float().clamp(-10, 10).exp().clamp(self.config.lo, self.config.hi)
+        r = logits.detach().float().clamp(-10, 10).exp().clamp(ctx.at(self.config.lo), ctx.at(self.config.hi))
         bin = (t * self.config.bins).long().clamp(0, self.config.bins - 1)
         self._update(ctx, r, bin)
         h = self.h(r / self.means[bin])
@@ -98,7 +98,8 @@ class Ratio:
         hits = torch.nn.functional.one_hot(bin, self.config.bins).to(r)  # [b, bins]
         total, count = global_mean(torch.stack([(hits * r[:, None]).sum(0), hits.sum(0)]), ctx)
         new = total / count.clamp_min(torch.finfo(r.dtype).tiny)
-        kept = torch.where(self.seen, self.config.rate * self.means + (1 - self.config.rate) * new, new)
+        rate = ctx.at(self.config.rate)
+        kept = torch.where(self.seen, rate * self.means + (1 - rate) * new, new)
         self.means, self.seen = torch.where(count > 0, kept, self.means), self.seen | (count > 0)
 
     def state(self) -> dict[str, Tensor]:

@@ -8,10 +8,9 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from limbeck.core.diffusion.config import Edm, ProcessConfig, TimeLaw, Uniform
-from limbeck.core.run.config import OptimConfig
+from limbeck.core.run.config import Average, Betas, Decay, Norm, OptimConfig, OptimKind
 from limbeck.core.scheduled import Scheduled, within
 
-Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 ScheduledShare = Annotated[Scheduled, AfterValidator(within(0, 1))]
@@ -70,14 +69,14 @@ class RatioConfig(Config):
     """f-distill's weight h(r): r = exp(logit) clamped to [lo, hi], over the running mean of its time bin."""
 
     divergence: Divergence = "js"
-    lo: Positive = 0.1
-    hi: Positive = 20.0
+    lo: ScheduledPositive = 0.1
+    hi: ScheduledPositive = 20.0
     bins: Count = 10
-    rate: Share = 0.0  # how much of the old mean is kept when a batch arrives
+    rate: ScheduledShare = 0.0  # how much of the old mean is kept when a batch arrives
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        if self.lo >= self.hi:
+        if not isinstance(self.lo, list) and not isinstance(self.hi, list) and self.lo >= self.hi:
             raise ValueError(f"lo is {self.lo:g}, not below hi, {self.hi:g}: every sample would weigh the same")
         return self
 
@@ -95,7 +94,7 @@ class Matched(Config):
 
 class StudentOptim(OptimConfig):
     lr: Scheduled = 1e-6
-    ema: float | None = 0.999
+    ema: Average | None = 0.999
 
 
 class LoraOptim(OptimConfig):
@@ -121,8 +120,8 @@ class SwiftBrush(Matched):
 
 class CriticOptim(OptimConfig):
     lr: Scheduled = 1e-5
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    clip: Annotated[float, Field(gt=0)] | None = 10.0
+    weight_decay: Decay = 0.01
+    clip: Norm | None = 10.0
     warmup: Annotated[int, Field(ge=0)] = 500
 
 
@@ -157,13 +156,13 @@ class FDistill(Dmd2):
 
 
 class SimOptim(OptimConfig):
-    kind: Literal["adam", "adamw", "sgd"] = "adam"
+    kind: OptimKind = "adam"
     lr: Scheduled = 1e-5
-    betas: tuple[float, float] = (0.0, 0.999)
+    betas: Betas = (0.0, 0.999)
 
 
 class SimStudentOptim(SimOptim):
-    ema: float | None = 0.999
+    ema: Average | None = 0.999
 
 
 class SimCritic(CriticConfig):

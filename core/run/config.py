@@ -2,11 +2,16 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from limbeck.core.scheduled import Scheduled
+from limbeck.core.scheduled import Scheduled, within
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+OptimKind = Literal["adam", "adamw", "muon", "sgd"]
+Betas = tuple[Beta, Beta]
+Decay = Annotated[Scheduled, AfterValidator(within(0))]
+Norm = Annotated[Scheduled, AfterValidator(within(above=0))]
+Average = Annotated[Scheduled, AfterValidator(within(0, below=1))]
 
 
 class OptimConfig(BaseModel):
@@ -14,13 +19,13 @@ class OptimConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    kind: Literal["adam", "adamw", "sgd"] = "adamw"
+    kind: OptimKind = "adamw"  # muon: its matrices; adamw trains the rest
     lr: Scheduled = 1e-4
-    betas: tuple[Beta, Beta] = (0.9, 0.999)  # for sgd the first one is the momentum
+    betas: Betas = (0.9, 0.999)  # for sgd and muon the first one is the momentum
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    weight_decay: Decay = 0.0
     warmup: Annotated[int, Field(ge=0)] = 0  # steps of linear rise
     decay: Literal["constant", "cosine", "linear"] = "constant"  # over the stage's steps, down to 0
-    clip: Annotated[float, Field(gt=0.0)] | None = 1.0  # largest global gradient norm
+    clip: Norm | None = 1.0  # largest global gradient norm
     every: Annotated[int, Field(ge=1)] = 1  # the player trains at every n-th step
-    ema: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None  # ramped: min(ema, (1 + n) / (10 + n)) after n updates
+    ema: Average | None = None  # ramped: min(ema, (1 + n) / (10 + n)) after n updates

@@ -10,6 +10,7 @@ from torch import Tensor
 from limbeck.core.run.distributed import full
 from limbeck.core.run.errors import BadInput, LimbeckError, NonFinite
 from limbeck.core.run.players import Player
+from limbeck.core.scheduled import at
 
 
 @dataclass
@@ -64,10 +65,9 @@ def total(players: Sequence[str], terms: dict[str, Tensor]) -> Tensor:
     return whole
 
 
-def clip(player: Player, norm: float) -> None:
-    """Scale the gradients down to the player's largest norm."""
-    limit = player.config.clip
-    if limit is not None and norm > limit:
+def clip(player: Player, norm: float, step: int) -> None:
+    """Scale the gradients down to the player's largest norm at this step."""
+    if player.config.clip is not None and norm > (limit := at(player.config.clip, step)):
         torch._foreach_mul_([p.grad for p in player.tensors if p.grad is not None], limit / (norm + 1e-6))
 
 

@@ -111,7 +111,7 @@ class Trainer:
         if phase.after_backward:
             phase.after_backward()
         for player, norm in zip(players, norms, strict=True):
-            guard.clip(player, norm)
+            guard.clip(player, norm, ctx.step)
             player.step(ctx.step)
             ctx.log(f"norm/{player.name}", norm)
         for key, value in terms.items():

@@ -130,7 +130,7 @@ def test_clipping_limits_the_global_norm() -> None:
     player = Player("p", nn.Linear(4, 4), OptimConfig(clip=0.5), 1)
     for p in player.tensors:
         p.grad = torch.ones_like(p)
-    guard.clip(player, float(torch.nn.utils.get_total_norm([p.grad for p in player.tensors])))
+    guard.clip(player, float(torch.nn.utils.get_total_norm([p.grad for p in player.tensors])), 0)
     assert float(torch.nn.utils.get_total_norm([p.grad for p in player.tensors])) == pytest.approx(0.5, rel=1e-5)
 
 
