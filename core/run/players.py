@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from limbeck.core.run.config import OptimConfig
 from limbeck.core.run.context import Context
 from limbeck.core.run.errors import BadInput
+from limbeck.core.run.muon import Muon
 from limbeck.core.scheduled import Scheduled, at
 
 
@@ -57,13 +58,13 @@ class Player:
 
     def step(self, step: int) -> None:
         """One optimiser update from the gradients at hand, then the EMA; clears the gradients."""
-        self.optim.param_groups[0]["lr"] = self.lr(step)
+        self.optim.param_groups[0].update(lr=self.lr(step), weight_decay=at(self.config.weight_decay, step))
         self.optim.step()
         self.optim.zero_grad(set_to_none=True)
         self.reshard()
         if self.config.ema is not None:
             n = step // self.config.every
-            decay = min(self.config.ema, (1 + n) / (10 + n))
+            decay = min(at(self.config.ema, step), (1 + n) / (10 + n))
             with torch.no_grad():
                 new = [p.to(e.dtype) for p, e in zip(self.tensors, self._average, strict=True)]
                 torch._foreach_lerp_(self._average, new, 1 - decay)
@@ -202,7 +203,11 @@ def _after(members: list[tuple[int, Phase]]) -> None:
 
 def _optimiser(config: OptimConfig, tensors: list[nn.Parameter]) -> torch.optim.Optimizer:
     """Fused where torch has a fused kernel (one call for all tensors), else foreach."""
-    rest: dict[str, Any] = {"lr": at(config.lr, 0), "weight_decay": config.weight_decay}
+    rest: dict[str, Any] = {"lr": at(config.lr, 0), "weight_decay": at(config.weight_decay, 0)}
+    if config.kind == "muon":
+        if _sharded(tensors):
+            raise BadInput("optim.kind: muon needs whole matrices; use adamw with distributed.shard")
+        return Muon(tensors, betas=config.betas, eps=config.eps, **rest)
     fused = all(t.is_floating_point() and t.device.type in ("cpu", "cuda") for t in tensors) and not _sharded(tensors)
     rest["fused" if fused else "foreach"] = True
     if config.kind == "sgd":

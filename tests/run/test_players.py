@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from limbeck.core.run import guard
 from limbeck.core.run.config import OptimConfig
 from limbeck.core.run.context import Context
 from limbeck.core.run.errors import BadInput
@@ -63,6 +64,30 @@ def test_ema_follows_its_ramp_and_swaps_exactly() -> None:
     with player.ema_weights():
         torch.testing.assert_close(net.weight, expected)
     assert torch.equal(net.weight, trained)
+
+
+def test_decay_clip_and_ema_move_with_the_step() -> None:
+    """Pairs for each of them: after the last pair all is as with the constant of that pair."""
+    moving = OptimConfig(
+        lr=0.1, weight_decay=[(0, 0.0), (1, 0.5)], clip=[(0, 1.0), (1, 0.1)], ema=[(0, 0.0), (1, 0.1)]
+    )  # fmt: skip
+    still = OptimConfig(lr=0.1, weight_decay=0.5, clip=0.1, ema=0.1)
+    nets = [nn.Linear(3, 2), nn.Linear(3, 2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    players = [Player("p", net, config, 10) for net, config in zip(nets, (moving, still), strict=True)]
+    for player in players:
+        update(player, 1)
+        for p in player.tensors:
+            p.grad = torch.ones_like(p)
+        guard.clip(player, 3.0, 1)
+    assert torch.equal(nets[0].weight, nets[1].weight) and torch.equal(nets[0].weight.grad, nets[1].weight.grad)
+    assert all(torch.equal(a, b) for a, b in zip(*(p.ema.values() for p in players), strict=True))
+    guard.clip(players[0], 3.0, 0)
+    assert float(nets[0].weight.grad[0, 0]) == pytest.approx(0.1 / 9)
+    for wrong in ("weight_decay=-1", "clip=0", "ema=1"):
+        key, value = wrong.split("=")
+        with pytest.raises(ValueError, match="must be"):
+            OptimConfig(**{key: [(0, float(value))]})
 
 
 def test_state_comes_back_bit_for_bit() -> None:
