@@ -39,7 +39,10 @@ def depth_to_space(x: Tensor, factor: int = FACTOR) -> Tensor:
 def build_unet(
     size: int = 32, channels: tuple[int, ...] = (64, 128, 192), layers: int = 1, cross_dim: int = 384
 ) -> nn.Module:
-    """A small text-conditional U-Net; cross-attention at 1/4 of the picture's side (8x8 for 32), and in the middle."""
+    """A small text-conditional U-Net; cross-attention at 1/4 of the picture's side (8x8 for 32), and in the middle.
+
+    The pooled text also joins the time embedding, which scales and shifts every block's normalised features.
+    """
     plain = len(channels) - 2
     net: nn.Module = UNET(
         sample_size=size // FACTOR,
@@ -48,7 +51,10 @@ def build_unet(
         block_out_channels=channels,
         layers_per_block=layers,
         cross_attention_dim=cross_dim,
-        attention_head_dim=8,
+        attention_head_dim=tuple(c // (64 if c % 64 == 0 else 32) for c in channels),  # diffusers' name: heads
+        class_embed_type="projection",
+        projection_class_embeddings_input_dim=cross_dim,
+        resnet_time_scale_shift="scale_shift",
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", *["DownBlock2D"] * plain),
         mid_block_type="UNetMidBlock2DCrossAttn",
         up_block_types=(*["UpBlock2D"] * plain, "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -63,9 +69,16 @@ def flow(unet: nn.Module, x_t: Tensor, t: Tensor, states: Tensor, mask: Tensor) 
         t * META["time_scale"],
         encoder_hidden_states=states,
         encoder_attention_mask=mask,
+        class_labels=pooled(states, mask),
         return_dict=False,
     )[0]
     return depth_to_space(out)
+
+
+def pooled(states: Tensor, mask: Tensor) -> Tensor:
+    """The mean of the text states [B,L,D] at tokens, its entries of mean square one [B,D]."""
+    total = (states * mask[..., None].to(states)).sum(1)
+    return F.normalize(total, dim=-1) * states.shape[-1] ** 0.5
 
 
 def save_teacher(unet: nn.Module, folder: Path, meta: dict[str, Any] | None = None) -> None:
