@@ -53,6 +53,7 @@ def rows(folder: Path) -> list[dict[str, float]]:
 
 def cut(whole: Path, halves: Path) -> None:
     """The run as a kill after step 10 leaves it: later checkpoints gone, later log lines still there."""
+    shutil.rmtree(halves, ignore_errors=True)
     shutil.copytree(whole, halves)
     for folder in (halves / "checkpoints").iterdir():
         if not folder.name.endswith("-00000010"):
@@ -75,6 +76,19 @@ def test_ten_and_ten_are_twenty(name: str, tiny_teacher: Path, tmp_path: Path) -
     cut(whole, halves)
     assert job.run(recipe, halves, device="cpu", resume=True, quiet=True) == 0
     assert_same(whole, halves)
+
+
+def test_a_table_cut_in_a_row_ends_as_the_whole_one(tiny_teacher: Path, tmp_path: Path) -> None:
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    tiny = [key for key in overrides("image/dmd2", tiny_teacher) if not key.startswith(("steps", "batch"))]
+    recipe = recipes.load("image/table", ["steps=20", "batch=2"])
+    recipe = recipe.model_copy(update={"rows": recipe.rows[1:3], "set": tiny})
+    assert job.run(recipe, whole, device="cpu", quiet=True) == 0
+    shutil.copytree(whole, halves)
+    cut(whole / "rows/sim", halves / "rows/sim")
+    assert job.run(recipe, halves, device="cpu", resume=True, quiet=True) == 0
+    for row in ("swiftbrush", "sim"):
+        assert_same(whole / "rows" / row, halves / "rows" / row)
 
 
 @pytest.mark.parametrize("name", ["image/dmd2", "toy/ring4"])

@@ -1,6 +1,6 @@
 """From a recipe's data to live pieces: every piece is `factory(config, build)`, made once and with its own seed."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,6 +73,7 @@ class Build:
     registry: Registry = field(default_factory=registry)
     stage: Stage | None = None
     step: int = 0  # finished steps of the weights that an opened run holds
+    note: Callable[[str], None] = lambda line: None  # tells the user what a long evaluation is at
 
     def __post_init__(self) -> None:
         self.seed = self.recipe.seed

@@ -134,7 +134,8 @@ class Job:
         elif self.recipe.job == "sample":
             self._sample()
         else:
-            table.carry_out(self.recipe, self.build.folder, functools.partial(run, device=str(self.team.device)))
+            row = functools.partial(run, device=str(self.team.device), quiet=self.metrics.quiet)
+            table.carry_out(self.recipe, self.build.folder, row)
         if self.recipe.eval and (self.team.rank == 0 or self.team.shard):  # sharded weights need all processes
             self._evaluate()
         self.team.barrier()
@@ -231,6 +232,7 @@ class Job:
     def _evaluate(self) -> None:
         trained = getattr(self, "ending", None)
         self.metrics.say("evaluating")
+        self.build.note = self.metrics.progress
         with _averaged(trained.objective) if trained else contextlib.nullcontext():
             evaluate(self.build)
 

@@ -18,12 +18,35 @@ from limbeck.core.run.errors import BadInput
 CPU = torch.device("cpu")
 
 
+class Progress:
+    """What is being done now: in place on a terminal, elsewhere a line every ten seconds."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet, self._width, self._last = quiet, 0, time.perf_counter()
+
+    def __call__(self, line: str) -> None:
+        """Show a line in the place of the one before."""
+        terminal, now = sys.stdout.isatty(), time.perf_counter()
+        if self.quiet or now - self._last < (0.1 if terminal else 10):
+            return
+        self._last = now
+        print(f"\r{line:<{self._width}}" if terminal else line, end="" if terminal else "\n", flush=True)
+        self._width = len(line) if terminal else 0
+
+    def clear(self) -> None:
+        """Make room for a lasting line."""
+        if self._width:
+            print("\r" + " " * self._width, end="\r", flush=True)
+            self._width = 0
+
+
 class Metrics:
     """One writer per run (the first process); `quiet` keeps the terminal still."""
 
     def __init__(self, folder: Path, device: torch.device = CPU, *, quiet: bool = False, writes: bool = True) -> None:
         self.folder, self.device, self.writes, self.quiet = folder, device, writes, quiet or not writes
         self.stage, self.steps, self._from = "", 0, 0
+        self.progress = Progress(self.quiet)
         self._live: Any = None
         self._trackers: list[Any] = []
         self._began = self._since = time.perf_counter()
@@ -75,6 +98,7 @@ class Metrics:
         if self.writes and self.folder.is_dir():
             with contextlib.suppress(OSError), (self.folder / "log.txt").open("a") as file:  # a full disk: still say it
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        self.progress.clear()
         if not self.quiet:
             print(line, flush=True)
 

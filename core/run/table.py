@@ -7,32 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.core.run import recipe as recipes
-from limbeck.core.run.errors import LimbeckError
 from limbeck.core.run.recipe import Recipe, Row
+from limbeck.core.run.trainer import Stopped
 
 Tables = dict[str, list[dict[str, Any]]]
 OWN = "student"  # in a metric's column `generator`: what the run made; other generators are references, shown once
 
 
 def carry_out(recipe: Recipe, folder: Path, run: Callable[..., int]) -> None:
-    """Carry out every row that has no evaluation yet, then write eval.json and one sample sheet a row."""
+    """Carry out every row that has no evaluation yet, then write eval.json and one sample sheet a row.
+
+    Stopped, when a row was stopped by a signal.
+    """
     for row in recipe.rows:
         inner = folder / "rows" / row.label
         if not (inner / "eval.json").exists():
             code = run(recipe_of(recipe, row), inner, resume=(inner / "recipe.yaml").exists())
             if code:
-                raise Interrupted(f"the row {row.label} stopped; go on with `limbeck resume {folder}`", code)
+                raise Stopped(code - 128)
         _keep_samples(inner, folder / "samples", row.label)
         tables = merged({row.label: _evaluation(folder / "rows" / row.label) for row in _done(recipe, folder)})
         (folder / "eval.json").write_text(json.dumps(tables, indent=1))
-
-
-class Interrupted(LimbeckError):
-    """A row was stopped by a signal; its exit status is the table's."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 def recipe_of(table: Recipe, row: Row) -> Recipe:

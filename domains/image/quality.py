@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,8 +31,10 @@ from limbeck.domains.image.pipelines.sampling import sample as sample_teacher
 FOLDER = Path(__file__).parent / "assets" / "fluent-32"
 REFERENCE, TEACHER = FOLDER / "reference.safetensors", FOLDER / "teacher-features.safetensors"
 COMPONENTS, FRECHET = 128, 64  # kept; all measures but retrieval@1 use the first 64
+SIDE = 32  # pixels a side of the reference's pictures
 HALF = 8  # real pictures of each name in one half of the reference
 Row = dict[str, float | str]
+Note = Callable[[str], None]  # told what is being measured
 Sampler = Callable[[torch.Generator, list[str]], Tensor]  # prompts -> pictures [B,3,H,W] in [-1,1]
 
 
@@ -151,12 +154,22 @@ def prompts(per_name: int) -> list[str]:
 
 
 @torch.no_grad()
-def measure(sampler: Sampler, config: Quality, reference: Reference, net: Lite0) -> Tensor:
+def measure(
+    sampler: Sampler, config: Quality, reference: Reference, net: Lite0, note: Note = lambda line: None
+) -> Tensor:
     """Draws config.count pictures, a batch at a time, and takes their features -> [C,M,D]."""
     texts = prompts(config.count // len(data.EVAL_NAMES))
     parts = [texts[start : start + config.batch] for start in range(0, len(texts), config.batch)]
-    found = [net.features(sampler(generator(config.seed, "quality", i), part)) for i, part in enumerate(parts)]
+    found = []
+    for i, part in enumerate(parts):
+        found.append(net.features(sized(sampler(generator(config.seed, "quality", i), part))))
+        note(f"{i * config.batch + len(part)} of {len(texts)} pictures")
     return reference.project(torch.cat(found))
+
+
+def sized(pictures: Tensor) -> Tensor:
+    """Pictures [B,3,H,W] of any size at the reference's 32 pixels a side, by area: sharper ones are not penalised."""
+    return pictures if pictures.shape[-1] == SIDE else F.interpolate(pictures, (SIDE, SIDE), mode="area")
 
 
 @torch.no_grad()
@@ -219,7 +232,12 @@ def write_cache(model: Model, config: Quality, path: Path = TEACHER) -> None:
 
 
 def table(
-    model: Model, student: FewStep | None, config: Quality, device: str | torch.device = "cpu", cache: Path = TEACHER
+    model: Model,
+    student: FewStep | None,
+    config: Quality,
+    device: str | torch.device = "cpu",
+    cache: Path = TEACHER,
+    note: Note = lambda line: None,
 ) -> list[Row]:
     """Real pictures, the student (if there is one), and the teacher at each number of steps, a row each."""
     reference, net = load_reference(), Lite0(device=device)
@@ -228,7 +246,8 @@ def table(
     rows = [row("data", 0, reference.floor[:, :pictures], reference, config, None)]
 
     def add(name: str, steps: int, sampler: Sampler, ready: Tensor | None = None) -> None:
-        found = measure(sampler, config, reference, net) if ready is None else ready
+        told = partial(_told, note, f"{name}, {steps} step{'s' * (steps > 1)}")
+        found = measure(sampler, config, reference, net, told) if ready is None else ready
         rows.append(row(name, steps, found, reference, config, seconds(sampler, config)))
 
     if student is not None:
@@ -238,11 +257,15 @@ def table(
     return rows
 
 
+def _told(note: Note, what: str, line: str) -> None:
+    note(f"{what}: {line}")
+
+
 def build(config: Quality, build: Build) -> Callable[[], list[Row]]:
     """The metric `image.quality`."""
 
     def rows() -> list[Row]:
         student = build.piece("student") if build.has("student") else None
-        return table(build.piece("teacher"), student, config, build.device)
+        return table(build.piece("teacher"), student, config, build.device, note=build.note)
 
     return rows

@@ -286,8 +286,12 @@ def evaluate(folder: Path, device: str | None) -> None:
     if not build.recipe.eval:
         raise BadInput("this recipe names no metrics; add some under eval:")
     from limbeck.core.run import job, report
+    from limbeck.core.run.metrics import Progress
 
-    for name, rows in job.evaluate(build).items():
+    build.note = progress = Progress()
+    tables = job.evaluate(build)
+    progress.clear()
+    for name, rows in tables.items():
         print(f"{name}:")
         columns = list(dict.fromkeys(key for row in rows for key in row))
         print("\n".join(table([columns, *([_short(row.get(key)) for key in columns] for row in rows)])))

@@ -263,6 +263,12 @@ def test_a_recipe_without_a_student_measures_its_teacher_alone() -> None:
     assert [row["generator"] for row in quality.table(oracle(FluentData(), 1), None, config)] == ["data"]
 
 
+def test_larger_pictures_are_measured_at_the_references_size() -> None:
+    small = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert quality.sized(small) is small
+    torch.testing.assert_close(quality.sized(small.repeat_interleave(2, 2).repeat_interleave(2, 3)), small)
+
+
 def test_student_and_teacher_start_from_the_same_noise() -> None:
     """With one step each, student and teacher of one network make the same pictures."""
     model = oracle(FluentData(), 1)

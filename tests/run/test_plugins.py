@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
 TINY = ["--set", "steps=4", "--set", "batch=8", "--set", "sample.every=4", "--set", "log.every=1", "--device", "cpu"]
@@ -16,8 +18,6 @@ BUILD = ("build", "*.egg-info", "__pycache__")
 
 def install(target: Path, *sources: Path) -> Path:
     """pip install into a folder of its own (from copies, so that nothing is left beside the sources)."""
-    import shutil
-
     copies = [Path(shutil.copytree(s, target / "src" / s.name, ignore=shutil.ignore_patterns(*BUILD))) for s in sources]
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index",
                "--target", str(target / "site"), *map(str, copies)]  # fmt: skip
@@ -101,6 +101,22 @@ def test_a_whole_domain_works(site: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in checks.split("\x1e")[0].strip().splitlines()]
     assert len(rows) == 2 and all(row["passed"] for row in rows)
     assert "the prompts are ring, cross, spiral" in done.stderr
+
+
+@pytest.mark.parametrize("recipe", ["example/soft", "points/demo"])
+def test_a_plugins_recipe_resumes_bit_for_bit(recipe: str, site: Path, tmp_path: Path) -> None:
+    from limbeck.core.run import checkpoint
+
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    keys = ["steps=20", "batch=8", "checkpoint.every=10", "checkpoint.keep=5", "eval=[]", "log.every=4"]
+    sets = [part for key in keys for part in ("--set", key)]
+    good(limbeck(site, "run", recipe, "--out", tmp_path, "--name", "whole", *sets, "--device", "cpu", cwd=tmp_path))
+    shutil.copytree(whole, halves)
+    shutil.rmtree(next((halves / "checkpoints").glob("*-00000020")))
+    good(limbeck(site, "resume", halves, "--device", "cpu", cwd=tmp_path))
+    one, two = (checkpoint.latest(folder / "checkpoints") for folder in (whole, halves))
+    assert one.manifest.step == two.manifest.step == 20 and one.tensors.keys() == two.tensors.keys()
+    assert all(torch.equal(one.tensors[key], two.tensors[key]) for key in one.tensors)
 
 
 def bad(folder: Path, name: str, entry: str, pieces: str, code: str) -> None:

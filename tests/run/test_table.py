@@ -1,13 +1,17 @@
 """`job: table`: rows at one budget, references once, resumable, interruptible."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
+import torch
 
-from limbeck.core.run import job, table
+from limbeck.core.run import checkpoint, job, table
 from limbeck.core.run import recipe as recipes
 from limbeck.core.run.errors import BadInput
+from limbeck.core.run.trainer import Stopped, Trainer
 
 TEXT = """
 about: two methods on the toy
@@ -61,9 +65,31 @@ def test_resume_does_only_what_is_missing(two: recipes.Recipe, tmp_path: Path) -
 
 
 def test_a_stopped_row_stops_the_table_with_its_status(two: recipes.Recipe, tmp_path: Path) -> None:
-    with pytest.raises(table.Interrupted) as stopped:
+    with pytest.raises(Stopped) as stopped:
         table.carry_out(two, tmp_path, lambda *args, **kwargs: 143)
-    assert stopped.value.code == 143 and "limbeck resume" in str(stopped.value)
+    assert stopped.value.code == 143
+
+
+def test_a_stopped_table_is_not_a_failed_one(
+    two: recipes.Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, plain = tmp_path / "run", Trainer.one_step
+
+    def one_step(self: Trainer) -> None:
+        plain(self)
+        if self.step == 2 and (folder / "rows/sds").exists():  # the estimate before it steps from 2 to 4
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "one_step", one_step)
+    assert job.run(two, folder, device="cpu", quiet=True) == 143
+    assert f"limbeck resume {folder}`" in (folder / "log.txt").read_text() and not (folder / "error.txt").exists()
+    monkeypatch.setattr(Trainer, "one_step", plain)
+    assert job.run(two, folder, device="cpu", resume=True, quiet=True) == 0
+    whole = tmp_path / "whole"
+    assert job.run(two, whole, device="cpu", quiet=True) == 0
+    assert (folder / "eval.json").read_text() == (whole / "eval.json").read_text()
+    one, two_ = (checkpoint.latest(f / "rows/sds/checkpoints").tensors for f in (folder, whole))
+    assert all(torch.equal(one[key], two_[key]) for key in one)
 
 
 def test_references_are_shown_once() -> None:
