@@ -118,6 +118,18 @@ def test_a_recipe_is_short_and_says_what_it_does(name: str) -> None:
     assert len(path.read_text().splitlines()) <= 40
 
 
+def test_a_trained_teacher_is_exported_as_a_teacher(tiny_teacher: Path, tmp_path: Path) -> None:
+    recipe = recipes.load("image/teacher", [*overrides("image/teacher", tiny_teacher), "steps=2"])
+    assert job.run(recipe, tmp_path / "run", device="cpu", quiet=True) == 0
+    build = job.open_run(tmp_path / "run", "cpu")
+    build.piece("space").export(build, tmp_path / "mine", "diffusers")
+    made, meta = models.load_teacher(tmp_path / "mine")
+    assert meta["size"] == 32 and meta["trained"] == {"recipe": "image/teacher", "steps": 2, "batch": 2}
+    for key, value in build.piece("teacher").denoiser.net.state_dict().items():
+        assert torch.equal(made.state_dict()[key], value.bfloat16().float()), key
+    assert Build(recipes.load("image/dmd2", [f"teacher.model={tmp_path / 'mine'}"])).piece("teacher").shape == (3, 32, 32)
+
+
 def test_a_teacher_goes_on_from_given_weights(tiny_teacher: Path) -> None:
     recipe = recipes.load("image/teacher", [f"teacher.start={tiny_teacher}"])
     started = Build(recipe).piece("teacher").denoiser.net.state_dict()

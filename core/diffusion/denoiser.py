@@ -95,9 +95,10 @@ class Prediction:
         bounds = [0]
         for size in sizes:
             bounds.append(bounds[-1] + size)
-        return [self._rows(slice(a, b)) for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [self.pick(slice(a, b)) for a, b in zip(bounds, bounds[1:], strict=False)]
 
-    def _rows(self, part: slice) -> Prediction:
+    def pick(self, part: slice | Tensor) -> Prediction:
+        """Rows of the batch, by a slice or an index."""
         features = None if self.features is None else [feature[part] for feature in self.features]
         return type(self)(self.raw[part], self.x_t[part], self.t[part], self.process, self.kind, features)
 

@@ -169,21 +169,24 @@ def _always(t: Tensor, s: Tensor) -> Tensor:
     return torch.ones_like(t, dtype=torch.bool)
 
 
-def ddim(eta: float = 0.0) -> GaussianKernel:
+def ddim(eta: float = 0.0, floor: float = 0.0) -> GaussianKernel:
     """DDIM (eq. 12 and 16): alpha_s x0 + sqrt(sigma_s^2 - tau^2) eps + tau xi; eta = 1 is the ancestral step.
 
     tau = eta (sigma_s/sigma_t) sqrt(sigma_t^2 - (alpha_t sigma_s/alpha_s)^2), DDIM's own for VP. It holds for every
-    process: with the true x0 the marginal of x_s is exact for each eta.
+    process: with the true x0 the marginal of x_s is exact for each eta. `floor` is the least tau where eta > 0:
+    policy methods need a density at the last step, which has none otherwise.
     """
 
     def moments(pred: Prediction, x: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         x0, eps = pred.x0, pred.eps
         (a_t, s_t), (a_s, s_s) = _levels(pred.process, t, x), _levels(pred.process, s, x)
-        tau = eta * (s_s / s_t) * (s_t**2 - (a_t * s_s / a_s) ** 2).clamp_min(0).sqrt()
+        tau = (eta * (s_s / s_t) * (s_t**2 - (a_t * s_s / a_s) ** 2).clamp_min(0).sqrt()).clamp_min(floor)
         keep = (s_s**2 - tau**2).clamp_min(0).sqrt()
         return a_s.to(x0.dtype) * x0 + keep.to(x0.dtype) * eps, tau.to(x0.dtype)
 
-    return GaussianKernel(moments, _always if eta == 0 else lambda t, s: (s <= 0) | (s >= t))
+    if eta == 0:
+        return GaussianKernel(moments, _always)
+    return GaussianKernel(moments, lambda t, s: (s >= t) | ((s <= 0) & (floor == 0)))
 
 
 def ancestral() -> GaussianKernel:
@@ -381,7 +384,8 @@ class Step:
         return self.kernel.log_prob(self.pred, self.x, self.proposal.detach(), self.t, self.s)
 
 
-OnStep = Callable[[Step], Tensor | None]
+Answer = Tensor | tuple[Tensor, Tensor] | None
+OnStep = Callable[[Step], Answer]
 
 
 class _Remat(Denoiser):
@@ -395,6 +399,11 @@ class _Remat(Denoiser):
         t, cond = rows(t.to(x_t.device), len(x_t)), repeat_cond(cond, len(x_t))
         raw = checkpoint(self.inner, x_t, t, cond, use_reentrant=False)
         return self.inner.wrap(raw, x_t, t)
+
+
+def rematerialised(denoiser: Denoiser) -> Denoiser:
+    """Where gradients are on, the denoiser with its activations recomputed in the backward pass; else itself."""
+    return _Remat(denoiser) if torch.is_grad_enabled() else denoiser
 
 
 def _advance(
@@ -426,25 +435,33 @@ def trajectory(
     """Walk from x [B,*S] along times [K+1] (or [K+1,B]), yielding every Step; gradient through the last `grad_last`.
 
     `on_step(step)` may return a state to go on with, or an index [N] (whole numbers, one axis) to resample the batch
-    by: state, condition, per-row times and guidance follow. `remat` recomputes activations in the backward pass.
+    by, or both (children drawn anew from the chosen parents): state, condition, per-row times and guidance follow.
+    `remat` recomputes activations in the backward pass.
     """
     denoiser, cond = denoiser.begin(times), repeat_cond(cond or {}, len(x))
     count = len(times) - 1
     grid = times.to(x.device)
     for i in range(count):
         with torch.set_grad_enabled(torch.is_grad_enabled() and i >= count - grad_last):
-            walker = _Remat(denoiser) if remat and torch.is_grad_enabled() else denoiser
+            walker = rematerialised(denoiser) if remat else denoiser
             t, s = rows(grid[i], len(x)), rows(grid[i + 1], len(x))
             pred, proposal = _advance(walker, kernel, x, t, s, cond, gen)
             step = Step(i, t, s, x, pred, proposal, proposal, kernel)
-            answer = on_step(step) if on_step is not None else None
-            if answer is not None and _is_index(answer):
-                step.x_next, cond, denoiser = proposal[answer], index_cond(cond, answer), denoiser.pick(answer)
-                grid = grid[:, answer] if grid.ndim > 1 else grid
-            elif answer is not None:
-                step.x_next = answer
+            index, step.x_next = _chosen(on_step(step) if on_step is not None else None, proposal)
+            if index is not None:
+                cond, denoiser = index_cond(cond, index), denoiser.pick(index)
+                grid = grid[:, index] if grid.ndim > 1 else grid
         yield step
         x = step.x_next
+
+
+def _chosen(answer: Answer, proposal: Tensor) -> tuple[Tensor | None, Tensor]:
+    """What `on_step` said, as (index, state)."""
+    if isinstance(answer, tuple):
+        return answer
+    if answer is None:
+        return None, proposal
+    return (answer, proposal[answer]) if _is_index(answer) else (None, answer)
 
 
 def _is_index(answer: Tensor) -> bool:

@@ -11,7 +11,6 @@ from limbeck.core.diffusion.time import law
 from limbeck.core.distillation.config import AdversaryConfig, RatioConfig
 from limbeck.core.distillation.denoising import noised
 from limbeck.core.distillation.operators import DIVERGENCES
-from limbeck.core.distillation.source import global_mean
 from limbeck.core.run.context import Context
 
 
@@ -91,12 +90,12 @@ class Ratio:
         bin = (t * self.config.bins).long().clamp(0, self.config.bins - 1)
         self._update(ctx, r, bin)
         h = self.h(r / self.means[bin])
-        return h / global_mean(h.mean(), ctx)
+        return h / ctx.mean(h.mean())
 
     def _update(self, ctx: Context, r: Tensor, bin: Tensor) -> None:
         """means <- rate * means + (1 - rate) * mean of this (global) batch, for the bins it has."""
         hits = torch.nn.functional.one_hot(bin, self.config.bins).to(r)  # [b, bins]
-        total, count = global_mean(torch.stack([(hits * r[:, None]).sum(0), hits.sum(0)]), ctx)
+        total, count = ctx.mean(torch.stack([(hits * r[:, None]).sum(0), hits.sum(0)]))
         new = total / count.clamp_min(torch.finfo(r.dtype).tiny)
         rate = ctx.at(self.config.rate)
         kept = torch.where(self.seen, rate * self.means + (1 - rate) * new, new)

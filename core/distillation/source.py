@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from limbeck.core.diffusion.denoiser import Encoded, Model
@@ -77,14 +76,6 @@ class Source:
                     "give both one size"
                 )
             return x0, self.model.encode(batch.prompts)
-
-
-def global_mean(value: Tensor, ctx: Context) -> Tensor:
-    """The mean over the processes of a detached statistic (every process has equally many rows)."""
-    if ctx.world > 1:
-        dist.all_reduce(value)
-        value = value / ctx.world
-    return value
 
 
 def plain(config: OptimConfig) -> OptimConfig:

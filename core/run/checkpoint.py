@@ -40,6 +40,7 @@ class Manifest:
     recipe: str = ""
     stage_index: int = 0
     held_out: float | None = None  # the higher the better
+    ended: str = ""  # why the stage ended before its last step; then its best checkpoint is its result
     pending: dict[str, float] = field(default_factory=dict)  # logged but not yet written numbers
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     format: int = FORMAT
@@ -103,6 +104,19 @@ def latest(root: Path, say: Callable[[str], None] = lambda line: None, stage: st
             except BadInput as error:
                 say(f"{error}; trying the one before")
     return None
+
+
+def result(root: Path, say: Callable[[str], None] = lambda line: None, stage: str | None = None) -> Loaded | None:
+    """What a run (or a stage) came to: its newest checkpoint, or its best one where it was ended early."""
+    found = latest(root, say, stage)
+    if found is None or not found.manifest.ended:
+        return found
+    best: tuple[float, Path] | None = None
+    for folder in _newest_first(root, lambda line: None):
+        manifest = read_manifest(folder)
+        if manifest.stage == found.manifest.stage and manifest.held_out is not None:
+            best = max(best or (manifest.held_out, folder), (manifest.held_out, folder), key=lambda pair: pair[0])
+    return load(best[1]) if best else found
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from limbeck.core.run.rng import Draws
@@ -20,6 +21,7 @@ class Context:
         self.world, self.rank, self.device = world, rank, device
         self.batch = draws.rows.stop - draws.rows.start
         self.logged: dict[str, Tensor | float] = {}
+        self.finish = ""  # a reason to end the stage after this step, best checkpoint kept
         self._memo: dict[str, Any] = {}
 
     @property
@@ -37,6 +39,13 @@ class Context:
     def at(self, value: Scheduled) -> float:
         """A scheduled scalar at this step."""
         return at(value, self.step)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over the processes of a detached statistic (every process has equally many rows)."""
+        if self.world > 1:
+            dist.all_reduce(value)
+            value = value / self.world
+        return value
 
     def log(self, name: str, value: Tensor | float) -> None:
         """Keep a scalar for the log; a tensor stays where it is (no waiting for the device)."""

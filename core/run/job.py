@@ -67,7 +67,7 @@ def open_run(folder: Path, device: str | None = None) -> Build:
     """A run's pieces with the weights of its newest checkpoint (the EMA where there is one)."""
     recipe = recipes.load(str(folder / "recipe.yaml"))
     build = Build(recipe, Team(device).device, folder)
-    loaded = checkpoint.latest(folder / "checkpoints", lambda line: print(line, file=sys.stderr))
+    loaded = checkpoint.result(folder / "checkpoints", lambda line: print(line, file=sys.stderr))
     if loaded is None and recipe.job == "train":
         raise BadInput(f"{folder} has no checkpoint yet; let it run or `limbeck resume` it")
     if loaded is not None:
@@ -174,6 +174,7 @@ class Job:
         trainer.cadence = self._cadence(index)
         if loaded:
             trainer.load(loaded.tensors, loaded.manifest.step, loaded.manifest.pending)
+            trainer.ended = loaded.manifest.ended
             self.metrics.say(f"{stage.name}: going on after step {trainer.step}")
         if trainer.step == 0:
             trainer.cadence.sample(trainer)
@@ -181,7 +182,17 @@ class Job:
         self.metrics.begin(stage.name, trainer.step, trainer.steps, earlier)
         trainer.run()
         self.metrics.stop_live()
+        if trainer.ended:
+            self._settle(trainer)
         return trainer
+
+    def _settle(self, trainer: Trainer) -> None:
+        """A stage that was ended early: say why, and go on from its best checkpoint."""
+        best = checkpoint.result(self.checkpoints, self.metrics.say, trainer.stage)
+        assert best is not None
+        trainer.load(best.tensors, trainer.step, {})
+        at = f"step {trainer.step}; the weights are those of step {best.manifest.step}"
+        self.metrics.say(f"{trainer.stage}: ended early at {at}: {trainer.ended}")
 
     def _trainer(self, stage: Stage, start: bool = False) -> Trainer:
         objective = self.build.objective(stage)
@@ -193,9 +204,9 @@ class Job:
     def _origin(self, source: str) -> Loaded:
         """The end of an earlier stage, or the newest checkpoint of another run's folder."""
         if source in [stage.name for stage in self.recipe.stages]:
-            loaded = checkpoint.latest(self.checkpoints, self.metrics.say, source)
+            loaded = checkpoint.result(self.checkpoints, self.metrics.say, source)
         else:
-            loaded = checkpoint.latest(Path(source) / "checkpoints", self.metrics.say)
+            loaded = checkpoint.result(Path(source) / "checkpoints", self.metrics.say)
         if loaded is None:
             raise BadInput(f"init_from: {source} is neither an earlier stage nor a run folder with a checkpoint")
         return loaded
@@ -207,7 +218,9 @@ class Job:
 
     def _save(self, index: int, trainer: Trainer) -> None:
         pending = trainer.settled()
-        manifest = Manifest(trainer.stage, trainer.step, recipes.digest(self.recipe), index, trainer.held_out, pending)
+        manifest = Manifest(
+            trainer.stage, trainer.step, recipes.digest(self.recipe), index, trainer.held_out, trainer.ended, pending
+        )  # fmt: skip
         checkpoint.save(self.checkpoints, trainer.state(), manifest, self.recipe.checkpoint.keep, self.team.rank == 0)
         self.team.barrier()
 

@@ -1,6 +1,7 @@
 """Muon: momentum made orthogonal for matrices, AdamW for all else, under one learning rate."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,16 +33,16 @@ class Muon(torch.optim.Optimizer):
             for p in trained:
                 (self._matrix if is_matrix(p) else self._adam)(p, self.state[p], group)
 
-    def _matrix(self, p: Tensor, state: dict[str, Tensor], group: dict[str, float]) -> None:
-        beta = group["betas"][0]  # type: ignore[index]
+    def _matrix(self, p: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        beta = group["betas"][0]
         momentum = state.setdefault("momentum", torch.zeros_like(p))
         assert p.grad is not None
         momentum.lerp_(p.grad, 1 - beta)
         update = orthogonal(p.grad.lerp(momentum, beta).flatten(1))
         p.add_(update.view_as(p), alpha=-group["lr"] * 0.2 * max(update.shape) ** 0.5)
 
-    def _adam(self, p: Tensor, state: dict[str, Tensor], group: dict[str, float]) -> None:
-        first, second = group["betas"]  # type: ignore[misc]
+    def _adam(self, p: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        first, second = group["betas"]
         if not state:
             state |= {"step": torch.zeros(()), "mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
         assert p.grad is not None

@@ -41,7 +41,10 @@ class Stopped(Exception):
 
 @dataclass
 class Trainer:
-    """Trains one stage: `step` counts finished steps. Nothing here depends on what is trained."""
+    """Trains one stage: `step` counts finished steps. Nothing here depends on what is trained.
+
+    An objective may end the stage after a step (`ctx.finish`); `ended` then holds its reason.
+    """
 
     objective: Objective
     team: Team
@@ -54,6 +57,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.pending: dict[str, Tensor | float] = {}
+        self.ended = ""  # why the stage ends before its last step
         self.held_out: float | None = None  # the last value logged under this name decides which checkpoint is best
         self.scale = guard.LossScale() if self.team.precision == "fp16" else None
         if self.team.shard:
@@ -71,15 +75,16 @@ class Trainer:
         """
         c = self.cadence
         with self._signals():
-            while self.step < self.steps:
+            while self.step < self.steps and not self.ended:
                 self.one_step()
-                if self.step % c.log_every == 0 or self.step == self.steps:
+                last = self.step == self.steps or bool(self.ended)
+                if self.step % c.log_every == 0 or last:
                     c.log(self.step, self.numbers())
                     self.pending.clear()
                 stop = self.team.agree(self._stop)
-                if self.step % c.save_every == 0 or self.step == self.steps or stop:
+                if self.step % c.save_every == 0 or last or stop:
                     c.save(self)
-                if self.step % c.sample_every == 0 or self.step == self.steps:
+                if self.step % c.sample_every == 0 or last:
                     c.sample(self)
                 if stop:
                     raise Stopped(stop)
@@ -94,6 +99,7 @@ class Trainer:
             if due:
                 self.run_phase(phase, due, ctx)
         self.pending.update(ctx.logged)
+        self.ended = ctx.finish
         self.step += 1
 
     def run_phase(self, phase: Phase, due: tuple[str, ...], ctx: Context) -> None:

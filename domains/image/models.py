@@ -78,7 +78,8 @@ def flow(unet: nn.Module, x_t: Tensor, t: Tensor, states: Tensor, mask: Tensor) 
 def pooled(states: Tensor, mask: Tensor) -> Tensor:
     """The mean of the text states [B,L,D] at tokens, its entries of mean square one [B,D]."""
     total = (states * mask[..., None].to(states)).sum(1)
-    return F.normalize(total, dim=-1) * states.shape[-1] ** 0.5
+    direction: Tensor = F.normalize(total, dim=-1)
+    return direction * states.shape[-1] ** 0.5
 
 
 def save_teacher(unet: nn.Module, folder: Path, meta: dict[str, Any] | None = None) -> None:

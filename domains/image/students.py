@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -41,7 +42,7 @@ def build(config: Student, build: Build) -> FewStep:
 
 def export_lora(build: Build, path: Path) -> list[Path]:
     """`limbeck export RUN --format lora`."""
-    model, denoiser = build.piece("teacher"), build.piece("student").denoiser
+    model, denoiser = build.piece("teacher"), trained(build)
     if not isinstance(denoiser, Patched):
         raise BadInput(
             "this student is a full copy, it has no LoRA; use --format diffusers, or train with student.lora=64"
@@ -50,11 +51,11 @@ def export_lora(build: Build, path: Path) -> list[Path]:
 
 
 def export_folder(build: Build, path: Path) -> list[Path]:
-    """`limbeck export RUN --format diffusers`: the teacher's own folder layout with the student's weights."""
-    model, denoiser = build.piece("teacher"), build.piece("student").denoiser
+    """`limbeck export RUN --format diffusers`: the teacher's own folder layout with the weights that were trained."""
+    model, denoiser = build.piece("teacher"), trained(build)
     if not isinstance(model, PipelineModel):
         path.mkdir(parents=True, exist_ok=True)
-        models.save_teacher(_plain(denoiser), path, {"times": list(build.piece("student").times)})
+        models.save_teacher(_plain(denoiser), path, {"size": model.shape[-1], **_history(build)})
         return sorted(file for file in path.rglob("*") if file.is_file())
     net = lora.merged(model, denoiser.lora) if isinstance(denoiser, Patched) else _plain(denoiser)
     kept = model.net
@@ -64,6 +65,19 @@ def export_folder(build: Build, path: Path) -> list[Path]:
     finally:
         setattr(model.pipe, model.family.net, kept)
     return sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def trained(build: Build) -> Denoiser:
+    """What the run trained: the student's denoiser, or the teacher's in a recipe without a student."""
+    denoiser: Denoiser = (build.piece("student") if build.has("student") else build.piece("teacher")).denoiser
+    return denoiser
+
+
+def _history(build: Build) -> dict[str, Any]:
+    """What the folder says of the weights: the times of a student's steps, how long a teacher was trained."""
+    if build.has("student"):
+        return {"times": list(build.piece("student").times)}
+    return {"trained": {"recipe": build.recipe.name, "steps": build.step, "batch": build.recipe.batch}}
 
 
 def _plain(denoiser: Denoiser) -> nn.Module:

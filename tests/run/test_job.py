@@ -48,6 +48,24 @@ def test_open_run_gives_the_averaged_weights(load, tmp_path: Path) -> None:
     assert job.evaluate(build) == before
 
 
+def test_a_stage_that_is_ended_early_comes_to_its_best_checkpoint(load, tmp_path: Path, capsys) -> None:
+    sets = ["stages.0.losses.0.finish=11", "checkpoint.every=2", "log.every=1", "checkpoint.keep=9"]
+    folder, recipe = tmp_path / "r", load(*sets)
+    assert job.run(recipe, folder, device="cpu", quiet=False) == 0
+    said = capsys.readouterr().out
+    saved = [checkpoint.load(folder) for folder in (folder / "checkpoints").iterdir()]
+    best = max(saved, key=lambda loaded: loaded.manifest.held_out)
+    assert best.manifest.step < 11 and max(loaded.manifest.step for loaded in saved) == 11
+    assert f"ended early at step 11; the weights are those of step {best.manifest.step}" in said
+    opened = job.open_run(folder)
+    weight = opened.piece("student").state_dict()["first.weight"]
+    assert torch.equal(weight, best.tensors["player/generator/ema/first.weight"]) and opened.step == best.manifest.step
+    before = (folder / "eval.json").read_text()
+    assert job.run(recipe, folder, device="cpu", resume=True, quiet=True) == 0
+    assert (folder / "eval.json").read_text() == before
+    assert checkpoint.latest(folder / "checkpoints").manifest.step == 11
+
+
 def test_the_best_by_held_out_is_kept(load, tmp_path: Path) -> None:
     job.run(load("checkpoint.every=2", "checkpoint.keep=2", "log.every=2"), tmp_path / "r", device="cpu", quiet=True)
     rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]

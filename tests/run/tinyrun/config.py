@@ -35,4 +35,5 @@ class Pair(Strict):
     fault: Literal["none", "loss", "gradient", "memory"] = "none"  # planted in `player` at `at`
     player: Literal["generator", "critic"] = "critic"
     at: int = -1
+    finish: int = -1  # the step after which the stage is ended early
     pause: float = 0.0  # seconds a step

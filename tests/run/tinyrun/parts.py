@@ -84,6 +84,8 @@ class Pair:
         yield Phase(("generator",), generator)
         self.seen += torch.tensor([1.0, float(z.mean())])
         ctx.log("held_out", -abs(float(z.mean())))
+        if ctx.step + 1 == self.config.finish:
+            ctx.finish = "the tiny objective has had enough"
         yield Phase(("critic",), critic)
 
     def fault(self, player: str, ctx: Context, loss: Tensor) -> Tensor:
