@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from limbeck.core.diffusion.codec import Codec
 from limbeck.core.diffusion.process import EDM, VP, Process, convert
+from limbeck.core.diffusion.time import times
 
 Encoded = dict[str, Tensor]
 Features = list[Tensor]
@@ -329,6 +330,10 @@ class Model:
     encode: Callable[[list[str]], Encoded]
     name: str
     uncond: str = ""
+
+    def grid(self, steps: int) -> Tensor:
+        """The falling times t_0 > ... > t_steps of the model's own sampler, float32; uniform in t unless it says so."""
+        return times(steps, self.denoiser.process)
 
 
 def start_time(process: Process) -> float:

@@ -1,4 +1,7 @@
-"""Laws that draw the time t, and weights w(t). Draws use the generator given, in float64, and return float32."""
+"""Laws that draw the time t, weights w(t), grids of times.
+
+Draws use the generator given, in float64, and return float32.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from limbeck.core.diffusion.config import (
     TimeLaw,
     Uniform,
 )
-from limbeck.core.diffusion.process import Process, working_dtype
+from limbeck.core.diffusion.process import VP, Process, working_dtype
 from limbeck.core.scheduled import at
 
 Draw = Callable[[int, torch.Generator, Process, int], Tensor]
@@ -101,3 +104,31 @@ WEIGHTS: dict[str, Callable[[Process, Tensor, float, float], Tensor]] = {
     "snr_trunc": lambda process, t, sigma_data, cap: (process.ratio(t) ** -2).clamp(1.0, cap),
     "edm": lambda process, t, sigma_data, cap: sigma_data**-2 + process.ratio(t) ** -2,
 }
+
+
+def times(n: int, process: Process, kind: str = "uniform") -> Tensor:
+    """n steps as n + 1 falling times, float32, from t_max to 0.
+
+    "uniform" in t; "karras": EDM's grid of sigma/alpha between its values at t_max and t_min, then 0 (rho 7);
+    "trailing": t = 1 - i/n rounded to an index for VP (the spacing of few-step models).
+    """
+    if kind == "karras":
+        return _karras(n, process).float()
+    if kind not in ("uniform", "trailing"):
+        raise ValueError(f"unknown time grid {kind!r}; use uniform, karras or trailing")
+    fractions = 1 - torch.arange(n + 1, dtype=torch.float64) / n
+    if kind == "uniform":
+        return (fractions * process.t_max).float()
+    count = process.count if isinstance(process, VP) else None
+    grid = fractions if count is None else (fractions * count).round() / count
+    return grid.clamp(max=process.t_max).float()
+
+
+def _karras(n: int, process: Process, rho: float = 7.0) -> Tensor:
+    """The grid of EDM eq. 5; where alpha(t_max) = 0 the first time is t_max itself and sigma/alpha starts at 80."""
+    ends = process.ratio(torch.tensor([process.t_max, process.t_min], dtype=torch.float64)).clamp(max=80.0)
+    high, low = (ends ** (1 / rho)).tolist()
+    r = (high + torch.arange(n, dtype=torch.float64) / max(n - 1, 1) * (low - high)) ** rho
+    grid = torch.cat([process.t_of_ratio(r), torch.zeros(1, dtype=torch.float64)])
+    grid[0] = process.t_max
+    return grid

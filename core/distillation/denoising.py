@@ -53,14 +53,14 @@ def truth(space: str, x0: Tensor, eps: Tensor, t: Tensor, process: Process) -> T
     return table[space]
 
 
-def regression(pred: Prediction, x0: Tensor, eps: Tensor, config: settings.Denoising) -> Tensor:
-    """w(t) times the mean square error over the sample, mean over the batch."""
+def errors(pred: Prediction, x0: Tensor, eps: Tensor, config: settings.Denoising) -> Tensor:
+    """w(t) times the mean square error over the sample [B]."""
     space = config.space or ("eps" if pred.kind == "score" else pred.kind)
     error = getattr(pred, space).float() - truth(space, x0.float(), eps.float(), pred.t, pred.process)
     w = weighting(config, pred.process, pred.t).to(error)
     if w.dim() == 1:  # the mean over a sample first: the order of sums that runs are repeated by
-        return (w * error.square().flatten(1).mean(1)).mean()
-    return (expand(w, error) * error.square()).mean()
+        return w * error.square().flatten(1).mean(1)
+    return (expand(w, error) * error.square()).flatten(1).mean(1)
 
 
 def weighting(config: settings.Denoising, process: Process, t: Tensor) -> Tensor:
@@ -79,9 +79,13 @@ class Regression:
 
     def loss(self, ctx: Context, name: str, x0: Tensor, cond: Encoded) -> Tensor:
         """The loss on x0 [b, *S] (detached by the caller) with the streams of `name`."""
+        return self.errors(ctx, name, x0, cond).mean()
+
+    def errors(self, ctx: Context, name: str, x0: Tensor, cond: Encoded) -> Tensor:
+        """The loss of each sample [b]."""
         x_t, t, eps = noised(ctx, name, x0, self.times, self.denoiser.process)
         cond = dropped(ctx, name, cond, self.null, ctx.at(self.config.dropout), self.config.whole_batch)
-        return regression(self.denoiser.predict(x_t, t, cond), x0, eps, self.config)
+        return errors(self.denoiser.predict(x_t, t, cond), x0, eps, self.config)
 
 
 class DenoisingObjective:

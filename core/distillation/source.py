@@ -42,7 +42,7 @@ class Source:
 
     def _sample(self, ctx: Context) -> tuple[Tensor, Encoded]:
         student: Any = self.student
-        cond = self.model.encode(self._prompts(ctx))
+        cond = self.model.encode(self.prompts(ctx))
         noise = ctx.draws.normal("student.noise", tuple(self.model.shape))
         count = len(getattr(student, "times", ()))
         if count <= 1:
@@ -52,11 +52,18 @@ class Source:
         x_in, t = student.rollout(noise, cond, k, renoise)
         return student.denoise(x_in, t, cond).x0, cond
 
-    def _prompts(self, ctx: Context) -> list[str]:
+    def prompts(self, ctx: Context, share: int = 1) -> list[str]:
+        """This process's prompts of the step, one for each `share` neighbours of the batch."""
+        rows = slice(ctx.draws.rows.start // share, ctx.draws.rows.stop // share)
+        return self.all_prompts(ctx, share)[rows]
+
+    def all_prompts(self, ctx: Context, share: int = 1) -> list[str]:
+        """The prompts of all processes, drawn once a step."""
+        count, stream = ctx.global_batch // share, "data.prompts" if share == 1 else f"data.prompts.{share}"
         if self.data is None:
-            return [self.model.uncond] * ctx.batch
-        prompts: list[str] = self.data.prompts(ctx.global_batch, ctx.draws.gen("data.prompts"), ctx.draws.rows)
-        return prompts
+            return [self.model.uncond] * count
+        found: list[str] = ctx.once(stream, lambda: self.data.prompts(count, ctx.draws.gen(stream), slice(None)))
+        return found
 
     def real(self, ctx: Context) -> tuple[Tensor, Encoded]:
         """Data x0 [b, *S] in the space of the teacher, and its condition."""

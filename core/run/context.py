@@ -47,6 +47,14 @@ class Context:
             value = value / self.world
         return value
 
+    def gathered(self, values: Tensor) -> Tensor:
+        """The rows [B] of all processes, from this one's [b]."""
+        if self.world == 1:
+            return values
+        whole = values.new_zeros(self.global_batch)
+        whole[self.draws.rows] = values
+        return self.mean(whole) * self.world
+
     def log(self, name: str, value: Tensor | float) -> None:
         """Keep a scalar for the log; a tensor stays where it is (no waiting for the device)."""
         self.logged[name] = value.detach() if isinstance(value, Tensor) else value

@@ -103,13 +103,16 @@ def resampling(scale: Tensor, shift: Tensor, flip: Tensor, size: int) -> Tensor:
     return (weights / weights.sum(2, keepdim=True))[:, :, margin:-margin]
 
 
-def placed(pictures: Tensor, mirror: Tensor, gen: torch.Generator) -> Tensor:
-    """Premultiplied pictures [B,4,S,S], each scaled by .75 to 1, shifted within the frame, and mirrored with p = .5."""
+def placed(pictures: Tensor, mirror: Tensor, gen: torch.Generator, vary: float = 1.0) -> Tensor:
+    """Premultiplied pictures [B,4,S,S], each scaled by .75 to 1, shifted within the frame, and mirrored with p = .5.
+
+    `vary` less than 1 keeps them nearer to their own place; at 0 they stay as they are.
+    """
     u = torch.rand(len(pictures), 4, generator=gen)
     size = pictures.shape[-1]
-    scale = SCALES[0] + (SCALES[1] - SCALES[0]) * u[:, 0]
+    scale = SCALES[1] - vary * (SCALES[1] - SCALES[0]) * (1 - u[:, 0])
     shift = (2 * u[:, 1:3] - 1) * ((1 - scale) * size / 2)[:, None]
-    columns = resampling(scale, shift[:, 0], mirror & (u[:, 3] < 0.5), size)
+    columns = resampling(scale, shift[:, 0], mirror & (u[:, 3] < 0.5 * vary), size)
     rows = resampling(scale, shift[:, 1], torch.zeros_like(mirror), size)
     out = rows[:, None] @ pictures @ columns[:, None].transpose(2, 3)
     alpha = out[:, 3:].clamp(0, 1)  # the kernel overshoots at edges
@@ -163,12 +166,12 @@ class FluentData:
         return out
 
     def batch(
-        self, which: int | Tensor, gen: torch.Generator, captions: Captions = "mixed"
+        self, which: int | Tensor, gen: torch.Generator, captions: Captions = "mixed", vary: float = 1.0
     ) -> tuple[Tensor, list[str], Tensor]:
         """Draws pictures (a number: uniform; or given indices [B]) -> x [B,3,H,W] in [-1,1], captions, indices [B]."""
         indices = torch.randint(len(self), (which,), generator=gen) if isinstance(which, int) else which
         texts = self.caption(indices, gen, captions)
-        pictures = placed(self.premultiplied[indices], self.mirror[indices], gen)
+        pictures = placed(self.premultiplied[indices], self.mirror[indices], gen, vary)
         return composite(pictures, grounds(len(indices), gen)), texts, indices
 
     def prompts(self, n: int, gen: torch.Generator, captions: Captions = "mixed") -> list[str]:

@@ -16,12 +16,12 @@ class FluentPieces:
     """The slot `data`: draws for the global batch, hands out this process's rows."""
 
     def __init__(self, config: settings.Fluent) -> None:
-        self.captions = config.captions
+        self.captions, self.vary = config.captions, config.vary
         self.set = FluentData(config.size)
 
     def batch(self, n: int, gen: torch.Generator, rows: slice) -> Batch:
         """x [b,3,H,W] in [-1,1] and captions: rows of a batch of n (all are drawn: placing a picture costs .1 ms)."""
-        x, texts, _ = self.set.batch(n, gen, self.captions)
+        x, texts, _ = self.set.batch(n, gen, self.captions, self.vary)
         return Batch(x[rows], texts[rows])
 
     def prompts(self, n: int, gen: torch.Generator, rows: slice = slice(None)) -> list[str]:

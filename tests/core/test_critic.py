@@ -9,7 +9,7 @@ from limbeck.core.diffusion.denoiser import Model, Network, predict
 from limbeck.core.diffusion.process import VP
 from limbeck.core.distillation.config import CriticConfig, Denoising, SwiftBrushCritic
 from limbeck.core.distillation.critic import Critic
-from limbeck.core.distillation.denoising import dropped, regression
+from limbeck.core.distillation.denoising import dropped, errors
 from limbeck.core.distillation.lora import LoRA, Patched
 from limbeck.core.run.context import Context
 from limbeck.core.run.rng import Draws
@@ -166,8 +166,8 @@ def test_swiftbrush_weighting_is_the_square_of_alpha_times_eps():
     pred = teacher.denoiser.predict(teacher.denoiser.process.add_noise(x0, eps, t), t, cond)
     alpha, _ = teacher.denoiser.process.coefficients(t, x0)
     expected = torch.nn.functional.mse_loss(alpha * pred.eps, alpha * eps)
-    assert torch.allclose(regression(pred, x0, eps, SwiftBrushCritic()), expected)
-    assert not torch.allclose(regression(pred, x0, eps, Denoising(space="eps")), expected)
+    assert torch.allclose(errors(pred, x0, eps, SwiftBrushCritic()).mean(), expected)
+    assert not torch.allclose(errors(pred, x0, eps, Denoising(space="eps")).mean(), expected)
 
 
 def test_condition_dropout_per_sample_and_for_the_whole_batch():

@@ -11,7 +11,7 @@ from limbeck.core.diffusion.process import EDM, VP, Flow
 from limbeck.core.distillation import denoising
 from limbeck.core.distillation.config import Denoising
 from limbeck.core.distillation.critic import FlatNet
-from limbeck.core.distillation.denoising import Regression, noised, regression, truth
+from limbeck.core.distillation.denoising import Regression, errors, noised, truth
 from limbeck.core.distillation.toy import MODES, STD, WEIGHTS, Ring4Set
 from limbeck.core.run.build import Build
 from limbeck.core.run.context import Context
@@ -42,7 +42,7 @@ def test_a_perfect_net_of_any_kind_has_no_loss_in_any_space(process, kind):
     raw = -eps / process.coefficients(t, x0)[1] if kind == "score" else truth(kind, x0, eps, t, process)
     for space in ("x0", "eps", "v", "flow", None):
         pred = Prediction(raw, x_t, t, process, kind)
-        assert regression(pred, x0, eps, Denoising(space=space)) < 1e-9
+        assert errors(pred, x0, eps, Denoising(space=space)).mean() < 1e-9
 
 
 def test_wrong_targets_are_caught():
@@ -50,7 +50,7 @@ def test_wrong_targets_are_caught():
     t = torch.full((8,), 0.5)
     x_t = process.add_noise(x0, eps, t)
     for raw in (x0 - eps, eps, x0):  # flipped flow, noise, data
-        assert regression(Prediction(raw, x_t, t, process, "flow"), x0, eps, Denoising()) > 0.1
+        assert errors(Prediction(raw, x_t, t, process, "flow"), x0, eps, Denoising()).mean() > 0.1
 
 
 def test_weights_multiply_the_per_sample_error():
@@ -62,7 +62,7 @@ def test_weights_multiply_the_per_sample_error():
     expected = {"one": 1 + 0 * t, "sigma2": sigma**2, "alpha": alpha, "alpha2": alpha**2, "edm": snr + 1 / 1.6**2}
     expected["snr_trunc"] = snr.clamp(min=1)
     for name, w in expected.items():
-        found = regression(pred, x0, eps, Denoising(weighting=name, sigma_data=1.6))
+        found = errors(pred, x0, eps, Denoising(weighting=name, sigma_data=1.6)).mean()
         assert torch.allclose(found, (w * error).mean(), rtol=1e-5), name
 
 

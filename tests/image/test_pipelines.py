@@ -104,7 +104,7 @@ def test_wrong_variants_are_seen(family: str, pipeline_folder: Folder) -> None:
 def test_grid_is_the_schedulers(family: str, pipeline_folder: Folder) -> None:
     """Falling times, one for each step and an end; the net is asked at the scheduler's own timesteps."""
     model = pipelines.load_pipeline(str(pipeline_folder(family)), size=16)
-    grid = pipelines.default_times(model, 7)
+    grid = model.grid(7)
     assert grid.shape == (8,) and (grid.diff() < 0).all() and grid[0] <= 1 and grid[-1] >= 0
     if model.denoiser.kind == "flow":
         return

@@ -47,7 +47,7 @@ def test_our_folder_is_a_flow_model_on_pixels(folder: Path, build: Build) -> Non
         raw = models.flow(net, x, t, cond["states"], cond["mask"])
     assert torch.equal(prediction.raw, raw) and prediction.features is not None
     assert torch.allclose(prediction.x0, x - t[:, None, None, None] * raw, atol=1e-6)
-    assert torch.equal(pipelines.default_times(model, 4), torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]))
+    assert torch.equal(model.grid(4), torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]))
 
 
 def test_guidance_uses_the_empty_prompt(folder: Path, build: Build) -> None:

@@ -116,7 +116,7 @@ def test_export_draws_the_same_in_diffusers(family: str, pipeline_folder: Folder
     if isinstance(pipe.scheduler, DPMSolverMultistepScheduler):  # at its first order it is DDIM
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, solver_order=1)
     denoiser, cond = pipelines.guided(model, model.encode(PROMPTS), 3.0, denoiser=patch)
-    ours = walk(denoiser, noise(model), pipelines.default_times(model, 4), ddim(), cond=cond)
+    ours = walk(denoiser, noise(model), model.grid(4), ddim(), cond=cond)
     assert (pixels(model, ours) - their_pictures(pipe, 4, 3.0)).abs().max() < 1e-4
     plain = pipelines.sample(model, noise(model), PROMPTS, 4, 3.0)
     assert (pixels(model, ours) - pixels(model, plain)).abs().max() > 1e-2, "the patch must show"

@@ -43,6 +43,10 @@ class PipelineModel(Model):
         assert isinstance(net, nn.Module)
         return net
 
+    def grid(self, steps: int) -> Tensor:
+        """The grid of the family's own scheduler."""
+        return schedule.grid(self.pipe.scheduler, steps, self.tokens, self.family.linear_sigmas).float()
+
     @property
     def tokens(self) -> int:
         """Image tokens of a sample: what a dynamic shift depends on."""

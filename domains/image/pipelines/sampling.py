@@ -7,17 +7,9 @@ from torch import Tensor
 
 from limbeck.core.diffusion.denoiser import Denoiser, Encoded, Model
 from limbeck.core.diffusion.guidance import guide
-from limbeck.core.diffusion.sampling import ddim, times
+from limbeck.core.diffusion.sampling import ddim
 from limbeck.core.diffusion.sampling import sample as walk
-from limbeck.domains.image.pipelines import schedule
 from limbeck.domains.image.pipelines.loading import PipelineModel
-
-
-def default_times(model: Model, steps: int) -> Tensor:
-    """The family's own grid t_0 > ... > t_steps, float32; uniform for models without a pipeline."""
-    if isinstance(model, PipelineModel):
-        return schedule.grid(model.pipe.scheduler, steps, model.tokens, model.family.linear_sigmas).float()
-    return times(steps, model.denoiser.process)
 
 
 def guided(
@@ -53,4 +45,4 @@ def sample(
 ) -> Tensor:
     """x [B,*S] of the teacher from standard normal noise, without gradient (pixels: `model.codec.decode`)."""
     denoiser, cond = guided(model, model.encode(prompts), guidance, negative)
-    return walk(denoiser, noise, default_times(model, steps), ddim(), cond=cond)
+    return walk(denoiser, noise, model.grid(steps), ddim(), cond=cond)

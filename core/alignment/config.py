@@ -1,0 +1,111 @@
+"""What a recipe may say about tuning with rewards (torch-free). Numbers that may change with the step are Scheduled."""
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from limbeck.core.rewards.config import Judging
+from limbeck.core.run.config import OptimConfig
+from limbeck.core.scheduled import Scheduled, within
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[Scheduled, AfterValidator(within(0, 1))]
+Positive = Annotated[Scheduled, AfterValidator(within(above=0))]
+NotNegative = Annotated[Scheduled, AfterValidator(within(0))]
+
+
+class Config(BaseModel):
+    """Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Walk(Config):
+    """How samples are drawn while they are tuned: the model's own grid, DDIM with noise eta, guidance."""
+
+    steps: Count = 20
+    eta: Share = 1.0
+    guidance: NotNegative = 3.0
+
+
+class OwnSample(Config):
+    """Reward of the student's own sample (few-step students), with its gradient."""
+
+    optim: OptimConfig = OptimConfig(lr=1e-5)
+    normalise: bool = False  # R0: each reward's gradient on the sample is divided by its own norm
+    judge: Judging = Judging()
+
+
+class Tuned(Config):
+    """What every method shares that tunes a sampler of many steps."""
+
+    optim: OptimConfig = OptimConfig(lr=1e-4)
+    walk: Walk = Walk()
+    judge: Judging = Judging()
+
+
+class Draft(Tuned):
+    """DRaFT-K; with `noises` > 1 DRaFT-LV: the last step is taken again from that many noisings of the sample."""
+
+    last: Count = 1  # steps with gradient
+    noises: Count = 1
+    kl: NotNegative = 0.0  # weight of the path KL to the reference, over the steps with gradient
+
+
+class AlignProp(Tuned):
+    """Randomised truncation: the number of steps with gradient is drawn anew, round N(mean, std) within [1, steps]."""
+
+    mean: Positive = 8.0
+    std: NotNegative = 5.0
+    kl: NotNegative = 0.0
+
+
+class Refl(Tuned):
+    """One step with gradient at a random place near the end, judged by its predicted x0."""
+
+    lo: Share = 0.75  # the share of the walk already done, at least
+    hi: Share = 0.975
+
+
+class Policy(Tuned):
+    """What methods share that read log-probabilities of stored trajectories; rewards need no gradient."""
+
+    per_prompt: Count = 2  # neighbours of a batch that share a prompt
+    inner: Count = 1  # updates on one batch of trajectories
+
+
+class Ddpo(Policy):
+    """Clipped policy gradient with advantages per prompt; log-probabilities are means over dimensions."""
+
+    optim: OptimConfig = OptimConfig(lr=3e-4)
+    clip: Positive = 1e-4
+    limit: Positive = 5.0  # of an advantage
+    buffer: Count = 32  # rewards remembered for each prompt
+    fewest: Count = 16  # below this many, the batch's own mean and deviation are used
+
+
+class Reinforce(Policy):
+    """Policy gradient on r - beta (log p - log p_ref)."""
+
+    beta: Positive = 0.1
+
+
+class Prdp(Policy):
+    """Reward differences of pairs that share a prompt; null clip: plain regression."""
+
+    beta: Positive = 0.1
+    clip: Positive | None = None
+
+
+class D3po(Policy):
+    """DPO on every step of pairs of trajectories, ranked by the reward; log-probabilities are means over dimensions."""
+
+    optim: OptimConfig = OptimConfig(lr=3e-5)
+    beta: Positive = 0.1
+    clip: Positive = 0.1
+
+
+class Rwr(Policy):
+    """Reward-weighted regression: denoising on the model's own samples, weighted by exp(r/temperature)."""
+
+    temperature: Positive = 1.0

@@ -1,0 +1,90 @@
+"""What the reward methods share: a student under its sampler, the frozen reference, rewards and their judge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from limbeck.core.alignment.config import Config, Walk
+from limbeck.core.diffusion.denoiser import Denoiser, Encoded
+from limbeck.core.diffusion.discrete import TokenProcess
+from limbeck.core.diffusion.guidance import guide
+from limbeck.core.diffusion.sampling import Kernel, TokenKernel, ddim
+from limbeck.core.distillation.source import Source, plain
+from limbeck.core.rewards.base import Condition
+from limbeck.core.rewards.panel import Judge, Panel
+from limbeck.core.run.build import Build
+from limbeck.core.run.config import OptimConfig
+from limbeck.core.run.context import Context
+from limbeck.core.run.errors import BadInput
+from limbeck.core.run.players import Player
+
+FLOOR = 0.01  # least deviation of a step, so that the last one has a density
+
+
+@dataclass
+class Tuning:
+    """One student under training with rewards."""
+
+    source: Source
+    trained: Panel
+    judge: Judge
+    player: Player
+
+    @classmethod
+    def of(cls, config: Config, optim: OptimConfig, build: Build) -> Tuning:
+        """The recipe's teacher, student, data and rewards; the teacher is the reference."""
+        source = Source.of(build)
+        judge = Judge(config.judge, Panel.of(build, "held_out"))  # type: ignore[attr-defined]
+        player = build.player("student", source.student, plain(optim))
+        return cls(source, Panel.of(build, "train"), judge, player)
+
+    @property
+    def student(self) -> Denoiser:
+        """The student as a denoiser."""
+        found = getattr(self.source.student, "denoiser", None)
+        if not isinstance(found, Denoiser):
+            raise BadInput("this loss tunes a denoiser, and the student is none; use the loss reward")
+        return found
+
+    @property
+    def reference(self) -> Denoiser:
+        """The teacher: what the student was before."""
+        return self.source.model.denoiser
+
+    def begin(self, ctx: Context, walk: Walk, per_prompt: int = 1) -> tuple[Tensor, Encoded, Condition]:
+        """The first state x [b,*S], the encoded condition and the raw one; `per_prompt` neighbours share a prompt."""
+        if ctx.batch % per_prompt:
+            raise BadInput(f"{ctx.batch} samples a process are no whole groups of per_prompt: {per_prompt}")
+        model = self.source.model
+        prompts = [p for p in self.source.prompts(ctx, per_prompt) for _ in range(per_prompt)]
+        return self._first(ctx, walk), model.encode(prompts), {"prompt": prompts}
+
+    def _first(self, ctx: Context, walk: Walk) -> Tensor:
+        process, shape = self.reference.process, tuple(self.source.model.shape)
+        if isinstance(process, TokenProcess):
+            whole = process.initial(ctx.global_batch, shape[0], ctx.draws.gen("tuning.noise"))
+            return whole[ctx.draws.rows].to(ctx.device)
+        noise = ctx.draws.normal("tuning.noise", shape)
+        return process.start(noise, self.times(walk)[0].expand(len(noise)).to(noise.device))
+
+    def guided(self, ctx: Context, denoiser: Denoiser, walk: Walk) -> Denoiser:
+        """Classifier-free guidance at this step's scale; both branches carry a gradient."""
+        scale = ctx.at(walk.guidance)
+        return denoiser if scale == 1 or not self.source.null else guide(denoiser, self.source.null, scale)
+
+    def kernel(self, ctx: Context, walk: Walk) -> Kernel:
+        """DDIM with this step's eta, its last step with a density; MDLM's step for tokens."""
+        tokens = isinstance(self.reference.process, TokenProcess)
+        return TokenKernel() if tokens else ddim(ctx.at(walk.eta), FLOOR)
+
+    def times(self, walk: Walk) -> Tensor:
+        """The model's own grid [K+1]."""
+        return self.source.model.grid(walk.steps)
+
+    def score(self, ctx: Context, x: Tensor, cond: Condition) -> Tensor:
+        """The weighted trained reward [b] of samples x [b,*S], with its gradient; the judge takes note."""
+        reward = self.trained.total(ctx, x, cond, ctx.draws.gen("reward"))
+        self.judge.observe(ctx, x, cond, reward)
+        return reward
