@@ -34,8 +34,9 @@ def overrides(name: str, teacher: Path) -> list[str]:
     if name.startswith("toy/"):
         return [*COMMON, "batch=8", "stages.0.losses.0.critic.warm=3"]
     sets = [*COMMON, "batch=2", "space.steps=1", "sample.prompts=[red apple]"]
-    own = "teacher.channels=[32, 32]" if name == "image/teacher" else f"teacher.model={teacher}"
-    return [*sets, own]
+    if name == "image/teacher":
+        return [*sets, "teacher.channels=[32, 32]", "stages.0.steps=5"]
+    return [*sets, f"teacher.model={teacher}"]
 
 
 def ending(folder: Path) -> dict[str, torch.Tensor]:
@@ -56,7 +57,7 @@ def cut(whole: Path, halves: Path) -> None:
     shutil.rmtree(halves, ignore_errors=True)
     shutil.copytree(whole, halves)
     for folder in (halves / "checkpoints").iterdir():
-        if not folder.name.endswith("-00000010"):
+        if not folder.name.endswith(("-00000010", "-00000005")):  # 5: the end of a stage before
             shutil.rmtree(folder)
 
 

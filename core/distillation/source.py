@@ -33,7 +33,7 @@ class Source:
         frozen = build.recipe.student is not None
         model.denoiser.requires_grad_(not frozen)
         student = build.piece("student") if frozen else model.denoiser
-        data = build.piece("data") if build.recipe.data is not None else None
+        data = build.piece("data") if build.has("data") else None
         return cls(model, student, data, model.encode([model.uncond]))
 
     def sample(self, ctx: Context) -> tuple[Tensor, Encoded]:

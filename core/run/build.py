@@ -81,14 +81,20 @@ class Build:
         self._players: dict[str, Player] = {}
 
     def piece(self, slot: str) -> Any:
-        """The piece in this slot (`teacher`, `student`, `data`, `space`, `eval.0`, …), built at the first call."""
+        """The piece in this slot (`teacher`, `student`, `data`, `space`, `eval.0`, …), built at the first call.
+
+        `data` is that of the stage being built, where the stage has its own.
+        """
+        if slot == "data" and self.stage is not None and self.stage.data is not None:
+            slot = f"stages.{self.recipe.stages.index(self.stage)}.data"
         if slot not in self._pieces:
-            self._pieces[slot] = self._make(LISTS.get(slot.split(".")[0], slot), slot, self._config(slot))
+            kind = LISTS.get(slot.split(".")[0], slot.rpartition(".")[2])
+            self._pieces[slot] = self._make(kind, slot, self._config(slot))
         return self._pieces[slot]
 
     def has(self, slot: str) -> bool:
-        """Whether the recipe fills this slot."""
-        return getattr(self.recipe, slot, None) is not None
+        """Whether the recipe (or, for `data`, the stage being built) fills this slot."""
+        return getattr(self.recipe, slot, None) is not None or getattr(self.stage, slot, None) is not None
 
     def objective(self, stage: Stage | str) -> Objective:
         """A fresh objective of this stage, all its losses composed."""
@@ -122,7 +128,7 @@ class Build:
 
     def forget(self) -> None:
         """Drop every piece but the data, so that the next stage starts from fresh ones."""
-        self._pieces = {slot: piece for slot, piece in self._pieces.items() if slot == "data"}
+        self._pieces = {slot: piece for slot, piece in self._pieces.items() if slot.endswith("data")}
 
     def _config(self, slot: str) -> Any:
         value: Any = self.recipe

@@ -123,6 +123,7 @@ class Stage(Strict):
     name: Name
     steps: Count | None = None
     init_from: str | None = None
+    data: Annotated[Any, _maybe("data")] = None  # of this stage alone (easier samples first); null: the recipe's
     losses: list[Loss] = Field(min_length=1)
 
 
@@ -396,6 +397,8 @@ def _piece_kind(parts: list[str]) -> str:
     match parts:
         case [slot] if slot in SLOTS:
             return SLOTS[slot]
+        case ["stages", _, "data"]:
+            return "data"
         case ["stages", _, "losses", _]:
             return "objective"
         case ["eval", _]:

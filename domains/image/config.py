@@ -18,7 +18,7 @@ class Fluent(Config):
     """The embedded captioned pictures."""
 
     size: Literal[32, 64] = 32
-    vary: Annotated[float, Field(ge=0, le=1)] = 1.0  # how far pictures are scaled, shifted and mirrored; 0: not at all
+    vary: Annotated[float, Field(ge=0, le=1)] = 1.0  # of scale, shift and mirror; 0: pictures stay as they are
     captions: Literal["name", "mixed"] = "mixed"  # "mixed": a third at the level of the group or a keyword
 
 

@@ -13,7 +13,9 @@ import torch
 
 from limbeck.core.run import checkpoint, job
 from limbeck.core.run import recipe as recipes
+from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput
+from limbeck.core.run.rng import generator
 
 TWO_STAGES = [
     "stages.0.steps=8",
@@ -115,6 +117,21 @@ def test_stages_start_from_the_stage_they_name_and_resume_in_the_right_one(load,
     assert checkpoint.latest(halves / "checkpoints").manifest.stage == "main"
     job.run(recipe, halves, device="cpu", resume=True, quiet=True)
     assert_same(whole, halves)
+
+
+def test_a_stage_may_have_data_of_its_own(load, tmp_path: Path) -> None:
+    recipe = load(*TWO_STAGES, "stages.1.data={kind: tinyrun.points, radius: 3.0}")
+    build = Build(recipe)
+    seen = []
+    for stage in (None, "main", "second", "main"):
+        if stage:
+            build.objective(stage)
+        seen.append(float(build.piece("data").batch(4, generator(0, "x", 0), slice(None)).x.norm(dim=1).mean()))
+    assert seen == pytest.approx([1.0, 1.0, 3.0, 1.0])
+    build.forget()
+    assert build.piece("data") is build.piece("data")
+    with pytest.raises(BadInput, match=r"stages\.1\.data.*radious"):
+        load(*TWO_STAGES, "stages.1.data={kind: tinyrun.points, radious: 3.0}")
 
 
 def test_init_from_another_run_or_from_nowhere(load, tmp_path: Path) -> None:

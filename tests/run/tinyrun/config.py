@@ -12,7 +12,7 @@ class Strict(BaseModel):
 
 
 class Points(Strict):
-    pass
+    radius: float = 1.0
 
 
 class Mean(Strict):

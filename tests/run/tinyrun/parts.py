@@ -43,11 +43,11 @@ def net(config: c.Net, build: Build) -> Net:
 
 class Points:
     def __init__(self, config: c.Points, build: Build) -> None:
-        pass
+        self.radius = config.radius
 
     def batch(self, n: int, gen: torch.Generator, rows: slice) -> Batch:
         angle = torch.rand(n, generator=gen)[rows] * 2 * math.pi
-        return Batch(torch.stack([angle.cos(), angle.sin()], -1), self.prompts(n, gen, rows))
+        return Batch(self.radius * torch.stack([angle.cos(), angle.sin()], -1), self.prompts(n, gen, rows))
 
     def prompts(self, n: int, gen: torch.Generator, rows: slice) -> list[str]:
         return ["a point"] * len(range(n)[rows])
