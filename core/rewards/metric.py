@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limbeck.core.diffusion.denoiser import Encoded, Model
+from limbeck.core.diffusion.denoiser import Model
+from limbeck.core.rewards.base import Condition
 from limbeck.core.rewards.config import Rewards
+from limbeck.core.rewards.panel import Panel
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput
 from limbeck.core.run.rng import generator
@@ -25,17 +27,18 @@ def build(config: Rewards, build: Build) -> Callable[[], list[Row]]:
 @torch.no_grad()
 def rows(config: Rewards, build: Build) -> Iterator[Row]:
     """`rewards.train.0` and so on; samples are drawn once for all of them."""
-    drawn = list(samples(config, build))
-    for split in ("train", "held_out"):
-        for i, one in enumerate(getattr(build.recipe.rewards, split)):
-            reward: Any = build.piece(f"rewards.{split}.{i}")
-            values = torch.cat([reward(x, cond).float().cpu() for x, cond in drawn])
-            mean, std = float(values.mean()), float(values.std())
-            yield {"reward": one.kind, "role": split.replace("_", " "), "mean": mean, "std": std}
+    drawn, splits = list(samples(config, build)), (("train", "train"), ("held_out", "held out"))
+    for split, role in splits:
+        panel = Panel.of(build, split)  # type: ignore[arg-type]
+        gen = generator(build.seed, "rewards.draws", 0)
+        columns = zip(*(panel.each(x, cond, gen) for x, cond in drawn), strict=True)
+        for (reward, _), parts in zip(panel.parts, columns, strict=True):
+            values = torch.cat(parts).cpu()
+            yield {"reward": reward.name, "role": role, "mean": float(values.mean()), "std": float(values.std())}
 
 
-def samples(config: Rewards, build: Build) -> Iterator[tuple[Tensor, Encoded]]:
-    """The student's decoded samples [b, *S] for the data's prompts, with fixed noise."""
+def samples(config: Rewards, build: Build) -> Iterator[tuple[Tensor, Condition]]:
+    """The student's samples [b, *S] in the model's own space for the data's prompts, with fixed noise."""
     model: Model = build.piece("teacher")
     gen = generator(build.seed, "rewards.samples", 0)
     for start in range(0, config.count, config.chunk):
@@ -46,5 +49,4 @@ def samples(config: Rewards, build: Build) -> Iterator[tuple[Tensor, Encoded]]:
         student: Any = build.piece("student")
         count = max(1, len(getattr(student, "times", ())))  # a student of several steps needs a noise for each
         noise = torch.randn(count, n, *model.shape, generator=gen).to(build.device)
-        cond = model.encode(prompts)
-        yield model.codec.decode(student.sample(noise[0], cond, list(noise[1:])).x), cond
+        yield student.sample(noise[0], model.encode(prompts), list(noise[1:])).x, {"prompt": prompts}

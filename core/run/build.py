@@ -92,6 +92,10 @@ class Build:
             self._pieces[slot] = self._make(kind, slot, self._config(slot))
         return self._pieces[slot]
 
+    def part(self, kind: str, config: Any) -> Any:
+        """A piece inside another one's settings (`of: {kind: …}`), made anew at each call."""
+        return self._make(kind, f"{kind}/{config.kind}", config)
+
     def has(self, slot: str) -> bool:
         """Whether the recipe (or, for `data`, the stage being built) fills this slot."""
         return getattr(self.recipe, slot, None) is not None or getattr(self.stage, slot, None) is not None

@@ -220,6 +220,12 @@ def load(name_or_path: str, sets: Sequence[str] = (), inputs: Mapping[str, str] 
     return validate(document, texts)
 
 
+def of(data: dict[str, Any], sets: Sequence[str] = (), where: str = "recipe") -> Recipe:
+    """A recipe from plain data, as if it stood in a file."""
+    document = yamlio.Document(data, where, {})
+    return validate(document, _apply(document, sets, {}))
+
+
 def names() -> list[str]:
     """Every recipe's name."""
     return sorted(registry().recipes)

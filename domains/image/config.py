@@ -72,3 +72,14 @@ class Student(Config):
         "auto"  # rank; null: a full copy; auto: by teacher
     )
     alpha: Annotated[float, Field(gt=0)] | None = None  # LoRA's scale is alpha/rank; null: alpha = rank
+
+
+class Compressibility(Config):
+    """Minus the kilobytes of a picture's JPEG above those of a constant picture; `large`: plus."""
+
+    quality: Annotated[int, Field(ge=1, le=100)] = 95
+    large: bool = False
+
+
+class Colourfulness(Config):
+    """How colourful a picture is, in units of 100."""

@@ -168,6 +168,20 @@ def verify(
     raise typer.Exit(run_checks(list(methods or []), json, sys.stdout))
 
 
+@app.command("reward-server")
+def reward_server(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A reward; `limbeck list --pieces` shows them.")],
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One of its settings.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets others in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8765,
+    device: Device = None,
+) -> None:
+    """Serve a reward over HTTP, for runs in other environments (`kind: remote`)."""
+    from limbeck import verbs
+
+    verbs.serve_reward(name, list(sets or []), host, port, device)
+
+
 @assets.command("build")
 def build(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
     """Build one of the embedded data sets from its sources."""

@@ -298,6 +298,24 @@ def evaluate(folder: Path, device: str | None) -> None:
     print(report.write(folder))
 
 
+def serve_reward(name: str, sets: Sequence[str], host: str, port: int, device: str | None) -> None:
+    """Answer until a signal comes; the address is the first line printed."""
+    registry().get("reward", name)
+    both = {split: [{"kind": name}] for split in ("train", "held_out")}
+    data = {"name": "reward-server", "job": "sample", "steps": 1, "batch": 1, "rewards": both}
+    both_sets = [f"rewards.{split}.0.{item}" for split in both for item in sets]
+    recipe = recipes.of(data, both_sets, f"reward {clean(name, 60)}")
+    from limbeck.core.rewards.base import as_reward
+    from limbeck.core.rewards.remote import Server
+    from limbeck.core.run.build import Build
+    from limbeck.core.run.distributed import Team
+
+    build = Build(recipe, Team(device).device)
+    with Server(as_reward(build.piece("rewards.train.0"), name), host, port) as server:
+        print(f"{name} at {server.address}", flush=True)
+        server.serve_forever()
+
+
 def export(folder: Path, format: str, out: Path | None, device: str | None) -> None:
     """Write the student in one of the space's formats, or with an exporter of that name."""
     build = _opened(folder, device)

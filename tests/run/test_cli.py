@@ -25,6 +25,7 @@ FLAGS = {
     "export": {"RUN", "--format", "--out", "--device"},
     "view": {"RUN"},
     "verify": {"[METHOD]...", "--json"},
+    "reward-server": {"NAME", "--set", "--host", "--port", "--device"},
     "assets build": {"NAME"},
     "doctor": set(),
     "plugins": set(),

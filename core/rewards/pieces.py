@@ -1,0 +1,44 @@
+"""Factories of the rewards that are made of rewards, and of the one behind a server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from limbeck.core.rewards import base, config
+from limbeck.core.rewards.remote import remote as connect
+from limbeck.core.run.build import Build
+
+
+def inner(of: Any, build: Build) -> base.Reward:
+    """The reward that a combinator's `of:` names."""
+    return base.as_reward(build.part("reward", of), of.kind)
+
+
+def hinge(config: config.Hinge, build: Build) -> base.Reward:
+    """-max(0, target - r)."""
+    return base.hinge(inner(config.of, build), config.target)
+
+
+def clipped(config: config.Clipped, build: Build) -> base.Reward:
+    """r within [low, high]."""
+    return base.clipped(inner(config.of, build), config.low, config.high)
+
+
+def ensemble(config: config.Ensemble, build: Build) -> base.Reward:
+    """Mean, minimum or lower confidence bound."""
+    return base.ensemble([inner(of, build) for of in config.of], config.rule, config.width)
+
+
+def standardised(config: config.Standardised, build: Build) -> base.Reward:
+    """(r - mean)/std."""
+    return base.standardised(inner(config.of, build), config.mean, config.std)
+
+
+def cached(config: config.Cached, build: Build) -> base.Reward:
+    """Scored once by content."""
+    return base.cached(inner(config.of, build), config.limit)
+
+
+def remote(config: config.Remote, build: Build) -> base.Reward:
+    """The reward of a server on this machine."""
+    return connect(f"http://127.0.0.1:{config.port}", config.patience)
