@@ -64,7 +64,7 @@ class Rollout:
         """
         walker = rematerialised(denoiser) if self.together == 1 else denoiser
         rows, out = self.states.shape[1], []
-        for part in torch.tensor(self.usable).split(self.together):
+        for part in torch.split(torch.tensor(self.usable), self.together):
             x, x_s = self.states[part].flatten(0, 1), self.states[part + 1].flatten(0, 1)
             t, s = (self.times[i].repeat_interleave(rows) for i in (part, part + 1))
             pred = walker.predict(x, t, repeat_rows(self.cond, len(part)))

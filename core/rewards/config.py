@@ -1,6 +1,6 @@
 """Torch-free settings of reward pieces."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -10,8 +10,8 @@ from limbeck.core.run.recipe import Reward, Strict
 class Judging(Strict):
     """How often the held-out side is evaluated, and after how many falls a run stops (null: never)."""
 
-    every: int = Field(10, ge=1)  # steps
-    patience: int | None = Field(5, ge=1)
+    every: Annotated[int, Field(ge=1)] = 10  # steps
+    patience: Annotated[int, Field(ge=1)] | None = 5
 
 
 class Rewards(Strict):

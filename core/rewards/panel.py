@@ -45,10 +45,8 @@ class Panel:
 
     def each(self, x: Tensor, cond: Condition, gen: torch.Generator | None = None) -> list[Tensor]:
         """Every part's values [B] on samples x [B,*S] of the model's own space; pixels are decoded once."""
-        spaces = {reward.space for reward, _ in self.parts}
-        seen = {space: x if space == "latent" else None for space in spaces}
-        if spaces - {"latent"}:
-            seen |= dict.fromkeys(spaces - {"latent"}, self.codec.decode(x))
+        decoded = {reward.space for reward, _ in self.parts} - {"latent"}
+        seen = {"latent": x} | (dict.fromkeys(decoded, self.codec.decode(x)) if decoded else {})
         return [reward(seen[reward.space], cond, gen=gen) for reward, _ in self.parts]
 
     def total(self, ctx: Context, x: Tensor, cond: Condition, gen: torch.Generator | None = None) -> Tensor:

@@ -37,7 +37,7 @@ class Preference:
         return dataclasses.replace(self, winner=self.loser, loser=self.winner)
 
 
-KINDS: dict[str, type | tuple[type, ...]] = {
+KINDS: dict[str, Any] = {
     field.name: {"float": (int, float), "bool": bool}.get(str(field.type), str)
     for field in dataclasses.fields(Preference)
 }

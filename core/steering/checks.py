@@ -20,7 +20,7 @@ from limbeck.core.steering.particles import Potential, Scheme, Steered, Steering
 from limbeck.core.steering.value import Choice, lookahead, plug_in, select
 
 TIMES = torch.linspace(1, 0, LENGTH + 1)  # one letter a step
-TOTAL = 32_000
+TOTAL = 16_000
 
 
 def masked(n: int) -> Tensor:
@@ -50,7 +50,7 @@ def words_steered(
     return variation(words.law(out.x), words.tilt()), out
 
 
-def words_selected(candidates: int, choice: Choice = "sample", exact: bool = True, n: int = 20_000) -> Tensor:
+def words_selected(candidates: int, choice: Choice = "sample", exact: bool = True, n: int = 8_000) -> Tensor:
     """The law of words selected by SVDD, over the 81."""
     words, gen = Words(), generator(0, "check.svdd", 0)
     teacher = words.teacher()
@@ -107,11 +107,11 @@ def fk_tilt() -> list[Check]:
     exact = words_steered(64)[0]
     few = words_steered(4)[0]
     return [
-        Check("words, exact values, 64 particles: total variation", exact, 0.03, "<="),
+        Check("words, exact values, 64 particles: total variation", exact, 0.04, "<="),
         Check("4 particles over 64", few / exact, 5.0, ">="),
         Check("words, one guess, difference", words_steered(64, exact=False)[0], 0.07, "<="),
         Check("words, one guess, max", words_steered(64, "max", exact=False)[0], 0.08, "<="),
-        Check("words, residual resampling", words_steered(64, scheme="residual")[0], 0.03, "<="),
+        Check("words, residual resampling", words_steered(64, scheme="residual")[0], 0.04, "<="),
         Check("hills: mean against the tilt's", abs(float(hills_steered(128).mean()) - Hills().mean()), 0.1, "<="),
     ]
 
@@ -121,7 +121,7 @@ def twisted_tilt() -> list[Check]:
     plain, moved = words_steered(4)[0], words_steered(4, twist=True)[0]
     hills = abs(float(hills_steered(16, twist=True).mean()) - Hills().mean())
     return [
-        Check("words, 64 particles: total variation", words_steered(64, twist=True)[0], 0.03, "<="),
+        Check("words, 64 particles: total variation", words_steered(64, twist=True)[0], 0.04, "<="),
         Check("4 twisted over 4 plain particles", moved / plain, 0.7, "<="),
         Check("hills, 16 particles: mean against the tilt's", hills, 0.1, "<="),
     ]
@@ -133,9 +133,9 @@ def svdd_tilt() -> list[Check]:
     laws = {m: words_selected(m) for m in (1, 5, 20)}
     greedy = words_selected(10, "argmax")
     return [
-        Check("M = 1: total variation from the model", variation(laws[1], words.table), 0.03, "<="),
+        Check("M = 1: total variation from the model", variation(laws[1], words.table), 0.05, "<="),
         Check("M = 5: from the tilt", variation(laws[5], words.tilt()), 0.24, "<="),
-        Check("M = 20: from the tilt", variation(laws[20], words.tilt()), 0.07, "<="),
+        Check("M = 20: from the tilt", variation(laws[20], words.tilt()), 0.08, "<="),
         Check("argmax of 10: from the tilt", variation(greedy, words.tilt()), 0.5, ">="),
     ]
 

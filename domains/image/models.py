@@ -4,6 +4,7 @@ Network time is 1000*t with t in [0,1] (0 data, 1 noise); x_t = (1-t) x0 + t eps
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def pooled(states: Tensor, mask: Tensor) -> Tensor:
     """The mean of the text states [B,L,D] at tokens, its entries of mean square one [B,D]."""
     total = (states * mask[..., None].to(states)).sum(1)
     direction: Tensor = F.normalize(total, dim=-1)
-    return direction * states.shape[-1] ** 0.5
+    return direction * math.sqrt(states.shape[-1])
 
 
 def save_teacher(unet: nn.Module, folder: Path, meta: dict[str, Any] | None = None) -> None:
