@@ -143,7 +143,7 @@ def svdd_tilt() -> list[Check]:
 def simple_choices() -> list[Check]:
     """Importance sampling among many is the tilt; the best of n has a higher reward than a draw."""
     words, gen = Words(), generator(0, "check.choices", 0)
-    x = words.teacher().sample(TOTAL, gen)
+    x = words.teacher().sample(4 * TOTAL, gen)
     drawn = x[importance(words.score(x), 64, words.beta, gen, keep=16).flatten()]
     best = words.score(x[best_of(words.score(x), 4)]).mean()
     order = (words.reward.argsort(), words.reward.sort().values)
