@@ -115,7 +115,9 @@ def resume(run: Run, device: Device = None, processes: Processes = 1) -> None:
 def sample(
     run: Run,
     prompt: Annotated[list[str] | None, typer.Option(help="What to sample; may be given several times.")] = None,
-    which: Annotated[str, typer.Option(metavar="student|teacher", help="Which model samples.")] = "student",
+    which: Annotated[
+        str | None, typer.Option(metavar="student|teacher", help="Which model samples (the one that was trained).")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,

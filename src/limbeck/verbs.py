@@ -261,17 +261,18 @@ def _opened(folder: Path, device: str | None) -> Any:
 
 
 def sample(
-    folder: Path, prompts: list[str], which: str, steps: int | None, guidance: float | None, seed: int,
+    folder: Path, prompts: list[str], which: str | None, steps: int | None, guidance: float | None, seed: int,
     out: Path | None, device: str | None,
 ) -> None:  # fmt: skip
     """Sample from the run's models and print the files written."""
-    if which not in ("student", "teacher"):
+    if which not in (None, "student", "teacher"):
         raise BadInput(
             f"--which {clean(which)}: must be student or teacher{did_you_mean(which, ('student', 'teacher'))}"
         )
     if guidance is not None and not math.isfinite(guidance):
         raise BadInput(f"--guidance {guidance}: must be a finite number")
     build = _opened(folder, device)
+    which = which or ("student" if build.has("student") else "teacher")
     prompts = prompts or list(build.recipe.sample.prompts)
     if not prompts:
         raise BadInput('this recipe has no sample prompts; give one with --prompt "…"')

@@ -114,6 +114,9 @@ class Fake:
     def piece(self, slot):
         return self.pieces[slot]
 
+    def has(self, slot):
+        return self.pieces[slot] is not None
+
     def player(self, name, params, config):
         from limbeck.core.run.players import Player
 
