@@ -23,7 +23,7 @@ SCALE = 3.0
 def embedded() -> tuple[str, Denoiser, tuple[int, ...], int]:
     """The network of the embedded teacher, random weights: name, denoiser, sample shape, text width."""
     call = lambda net, x, t, cond: flow(net, x, t, cond["states"], cond["mask"])  # noqa: E731
-    return "embedded U-Net, 8.8M", Network(build_unet(), Flow(), "flow", call), (3, 32, 32), 384
+    return "embedded U-Net, 9.4M", Network(build_unet(), Flow(), "flow", call), (3, 32, 32), 384
 
 
 def latent() -> tuple[str, Denoiser, tuple[int, ...], int]:

@@ -534,6 +534,9 @@ def unet_build(critic):
         def piece(self, slot):
             return pieces[slot]
 
+        def has(self, slot):
+            return slot in pieces
+
         def player(self, name, params, config):
             return self.players.setdefault(name, Player(name, params, config, 4))
 
