@@ -31,7 +31,7 @@ $(CHOSEN):
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@rm -f $(STAMPS)-*
 ifdef TORCH_INDEX
-	@$(PIP) uninstall --yes torch 2>/dev/null
+	@PIP_INDEX_URL='$(TORCH_INDEX)' $(PIP) install --force-reinstall --no-deps '$(TORCH)'
 	@PIP_INDEX_URL='$(TORCH_INDEX)' $(PIP) install '$(TORCH)'
 endif
 	@$(PIP) install -c requirements/lock.txt -e '.[embedded,image,dev]'

@@ -45,7 +45,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 
 def test_extras_are_those_that_the_manual_names() -> None:
-    names = "image video threed sequence gsplat viewer usd gpu embedded logging dev all"
+    names = "image ocr video threed sequence gsplat viewer usd gpu embedded logging dev all"
     assert set(EXTRAS) == set(names.split())
 
 

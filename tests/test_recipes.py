@@ -33,6 +33,8 @@ def overrides(name: str, teacher: Path) -> list[str]:
     """What makes a recipe tiny."""
     if name.startswith("toy/"):
         return [*COMMON, "batch=8", "stages.0.losses.0.critic.warm=3"]
+    if name.startswith("image/reward-clip"):
+        return [*COMMON, "batch=2", "stages.0.losses.0.keywords=0"]
     sets = [*COMMON, "batch=2", "space.steps=1", "sample.prompts=[red apple]"]
     if name == "image/teacher":
         return [*sets, "teacher.channels=[32, 32]", "stages.0.steps=5"]

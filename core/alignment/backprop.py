@@ -12,10 +12,11 @@ from limbeck.core.alignment.rollout import repeat_rows
 from limbeck.core.alignment.tuning import Tuning
 from limbeck.core.diffusion.denoiser import Encoded
 from limbeck.core.diffusion.sampling import Step, trajectory
+from limbeck.core.distillation.source import Source, plain
 from limbeck.core.rewards.base import Condition
 from limbeck.core.run.build import Build
 from limbeck.core.run.context import Context
-from limbeck.core.run.players import Phase
+from limbeck.core.run.players import Phase, Player
 
 Terms = dict[str, Tensor]
 Gradient = settings.Draft | settings.AlignProp | settings.Refl
@@ -70,20 +71,20 @@ def backpropagate(tuning: Tuning, config: Gradient, ctx: Context) -> Terms:
     walker, last = tuning.guided(ctx, tuning.student, config.walk), gradient_steps(ctx, config)
     times = tuning.times(config.walk)[: walked_steps(ctx, config) + 1]
     gen, kernel = ctx.draws.gen("tuning.walk"), tuning.kernel(ctx, config.walk)
-    divergence = x.new_zeros(())
+    price, divergence = ctx.at(getattr(config, "kl", 0.0)), x.new_zeros(())
+    watched = price > 0 or tuning.judge.due(ctx)
     for step in trajectory(walker, kernel, x, times, cond, gen, last):
         x = step.x_next
-        if getattr(config, "kl", 0.0) and step.pred.raw.requires_grad:
+        if watched and step.pred.raw.requires_grad:
             divergence = divergence + _divergence(tuning, ctx, config, step, cond)
     if isinstance(config, settings.Refl):
         x = step.pred.x0
     if isinstance(config, settings.Draft) and config.noises > 1:
         x, cond, raw = _again(tuning, ctx, config, x.detach(), times, cond, raw)
     terms = {"reward": -tuning.score(ctx, x, raw).mean()}
-    if getattr(config, "kl", 0.0):
+    if watched:
         ctx.log("kl", divergence)
-        terms["kl"] = ctx.at(config.kl) * divergence  # type: ignore[union-attr]
-    return terms
+    return terms | ({"kl": price * divergence} if price > 0 else {})
 
 
 def _divergence(tuning: Tuning, ctx: Context, config: Gradient, step: Step, cond: Encoded) -> Tensor:
@@ -140,3 +141,38 @@ def build_own(config: settings.OwnSample, build: Build) -> Ascent:
     tuning = Tuning.of(config, config.optim, build)
     tuning.trained.needed_differentiable("reward")
     return Ascent(tuning, lambda ctx: own_sample(tuning, config, ctx))
+
+
+class Anchor:
+    """R0's regulariser (Luo et al. 2025): half the squared distance of the student's weights from their start.
+
+    Deviation: the paper's weight is twice the loss's own `weight` here.
+    """
+
+    def __init__(self, player: Player) -> None:
+        self.players, self.player = {player.name: player}, player
+        self.start: dict[str, Tensor] = {}
+
+    def phases(self, ctx: Context) -> Iterator[Phase]:
+        """The start is taken at the first step: after `init_from` has done its work."""
+        self.start = self.start or {name: p.detach().clone() for name, p in self.player.params.items()}
+        yield Phase((self.player.name,), lambda: {"anchor": self.distance()})
+
+    def distance(self) -> Tensor:
+        """|theta - theta_0|^2/2."""
+        moved = [(p - self.start[name]).square().sum() for name, p in self.player.params.items()]
+        return torch.stack(moved).sum() / 2
+
+    def state(self) -> dict[str, Tensor]:
+        """The weights at the start."""
+        return {f"start/{name}": value for name, value in self.start.items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Bring them back."""
+        prefix = "start/"
+        self.start = {k.removeprefix(prefix): v.clone() for k, v in state.items() if k.startswith(prefix)}
+
+
+def build_anchor(config: settings.Anchor, build: Build) -> Anchor:
+    """Factory of anchor."""
+    return Anchor(build.player("student", Source.of(build).student, plain(config.optim)))

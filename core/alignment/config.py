@@ -4,6 +4,9 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from limbeck.core.diffusion.config import TimeLaw, Uniform
+from limbeck.core.diffusion.config import Walk as Walk
+from limbeck.core.distillation.config import Space
 from limbeck.core.rewards.config import Judging
 from limbeck.core.run.config import OptimConfig
 from limbeck.core.scheduled import Scheduled, within
@@ -20,20 +23,18 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Walk(Config):
-    """How samples are drawn while they are tuned: the model's own grid, DDIM with noise eta, guidance."""
-
-    steps: Count = 20
-    eta: Share = 1.0
-    guidance: NotNegative = 3.0
-
-
 class OwnSample(Config):
     """Reward of the student's own sample (few-step students), with its gradient."""
 
     optim: OptimConfig = OptimConfig(lr=1e-5)
     normalise: bool = False  # R0: each reward's gradient on the sample is divided by its own norm
     judge: Judging = Judging()
+
+
+class Anchor(Config):
+    """Holds the student's weights to those it started from: |theta - theta_0|^2/2, summed over all of them."""
+
+    optim: OptimConfig = OptimConfig(lr=1e-5)
 
 
 class Tuned(Config):
@@ -109,3 +110,20 @@ class Rwr(Policy):
     """Reward-weighted regression: denoising on the model's own samples, weighted by exp(r/temperature)."""
 
     temperature: Positive = 1.0
+
+
+class DpoOptim(OptimConfig):
+    """The authors' rate of 1e-8 a sample at their batch of 2048."""
+
+    lr: Scheduled = 2e-5
+    warmup: Annotated[int, Field(ge=0)] = 500
+
+
+class DiffusionDpo(Config):
+    """DPO on the denoising errors of pairs from data, at the same t and noise for winner and loser."""
+
+    optim: DpoOptim = DpoOptim()
+    beta: Positive = 5000.0  # the authors' for SDXL; 2000 for Stable Diffusion 1.5
+    time: TimeLaw = Uniform(lo=0.0, hi=1.0)
+    t_group: Count = 1  # neighbours of a batch that share one t
+    space: Space = "eps"  # of the errors; flow models are tuned in flow

@@ -9,7 +9,7 @@ from torch import Tensor
 from limbeck.core.alignment.config import Config, Walk
 from limbeck.core.diffusion.denoiser import Denoiser, Encoded
 from limbeck.core.diffusion.discrete import TokenProcess
-from limbeck.core.diffusion.guidance import guide
+from limbeck.core.diffusion.guidance import guided_by, with_scale
 from limbeck.core.diffusion.sampling import Kernel, TokenKernel, ddim
 from limbeck.core.distillation.source import Source, plain
 from limbeck.core.rewards.base import Condition
@@ -59,7 +59,8 @@ class Tuning:
             raise BadInput(f"{ctx.batch} samples a process are no whole groups of per_prompt: {per_prompt}")
         model = self.source.model
         prompts = [p for p in self.source.prompts(ctx, per_prompt) for _ in range(per_prompt)]
-        return self._first(ctx, walk), model.encode(prompts), {"prompt": prompts}
+        cond = with_scale(model.encode(prompts), ctx.at(walk.guidance))
+        return self._first(ctx, walk), cond, {"prompt": prompts}
 
     def _first(self, ctx: Context, walk: Walk) -> Tensor:
         process, shape = self.reference.process, tuple(self.source.model.shape)
@@ -71,8 +72,7 @@ class Tuning:
 
     def guided(self, ctx: Context, denoiser: Denoiser, walk: Walk) -> Denoiser:
         """Classifier-free guidance at this step's scale; both branches carry a gradient."""
-        scale = ctx.at(walk.guidance)
-        return denoiser if scale == 1 or not self.source.null else guide(denoiser, self.source.null, scale)
+        return guided_by(denoiser, self.source.null, ctx.at(walk.guidance))
 
     def kernel(self, ctx: Context, walk: Walk) -> Kernel:
         """DDIM with this step's eta, its last step with a density; MDLM's step for tokens."""

@@ -116,3 +116,13 @@ class FlowConfig(_Strict):
 
 
 ProcessConfig = Annotated[Vp | Edm | FlowConfig, Field(discriminator="kind")]
+
+
+class Walk(BaseModel):
+    """How samples are drawn where rewards act: the model's own grid, DDIM with noise eta, guidance."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    steps: Annotated[int, Field(ge=1)] = 20
+    eta: Time = 1.0
+    guidance: Annotated[Scheduled, AfterValidator(within(0))] = 3.0

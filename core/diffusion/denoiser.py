@@ -288,6 +288,16 @@ class FewStep(nn.Module):
             raise ValueError(f"student times {tuple(times)} must fall, such as (1.0, 0.75, 0.5, 0.25)")
         self.denoiser, self.times = denoiser, tuple(times)
 
+    @property
+    def steps(self) -> int:
+        """How many times the net is asked."""
+        return len(self.times)
+
+    @property
+    def draws(self) -> int:
+        """How many noises one sample takes: one a step."""
+        return len(self.times)
+
     def time(self, k: int, like: Tensor) -> Tensor:
         """times[k] as [B]."""
         return torch.full((len(like),), self.times[k], device=like.device)

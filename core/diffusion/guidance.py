@@ -120,3 +120,16 @@ def guide(denoiser: Denoiser, null: Encoded, scale: Scale, interval: tuple[float
     (Kynkäänniemi et al.) or with g = 1 are the conditional prediction bit for bit, and cost one row, not two.
     """
     return Guided(denoiser, null, scale, interval)
+
+
+def with_scale(cond: Encoded, scale: float) -> Encoded:
+    """The condition at a guidance scale, for nets that take the scale as an input (key "guidance"); else as it is."""
+    return {**cond, "guidance": torch.full_like(cond["guidance"], scale)} if "guidance" in cond else cond
+
+
+def guided_by(denoiser: Denoiser, null: Encoded, scale: float) -> Denoiser:
+    """Classifier-free guidance as pipelines understand a scale: at most 1 is the conditional prediction alone.
+
+    Nets that take the scale as an input (their null condition has the key "guidance") are left as they are.
+    """
+    return denoiser if scale <= 1 or not null or "guidance" in null else guide(denoiser, null, scale)

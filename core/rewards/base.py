@@ -147,6 +147,31 @@ def standardised(reward: Reward, mean: float, std: float) -> Reward:
     return changed(reward, lambda r: (r - mean) / std)
 
 
+def zscored(reward: Reward, eps: float = 1e-6) -> Reward:
+    """(r - mean)/(std + eps) over the rows of the same prompt in this call; a prompt's only row, or equal ones, give 0.
+
+    Mean and deviation carry no gradient: with it, the sum over a prompt's rows would be constant. It needs no memory,
+    so neither order nor a resume matters; a prompt's rows must be in one call (per_prompt neighbours of a process are).
+    """
+
+    def score(x: Tensor, cond: Condition, *, t: Tensor | None, gen: torch.Generator | None) -> Tensor:
+        values = reward(x, cond, t=t, gen=gen)
+        prompts = cond.get("prompt", [""] * len(x))
+        place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        rows = torch.tensor([place[prompt] for prompt in prompts], device=values.device)
+        return _centred(values, torch.nn.functional.one_hot(rows, len(place)).to(values), eps)
+
+    return replace(reward, score=score, chunk=None)
+
+
+def _centred(values: Tensor, group: Tensor, eps: float) -> Tensor:
+    """z of values [B] or [B,R] within groups [B,G] of zeros and ones."""
+    fixed, share = values.detach(), group / group.sum(0)
+    centre = group @ (share.T @ fixed)
+    std = (group @ (share.T @ (fixed - centre).square())).sqrt()
+    return (values - centre) * torch.where(std > eps, 1 / (std + eps), 0.0)
+
+
 def cached(reward: Reward, limit: int = 65536) -> Reward:
     """Each (sample, condition) is scored once, by content; for rewards without gradient that cost more than a hash."""
     known: OrderedDict[bytes, Tensor] = OrderedDict()

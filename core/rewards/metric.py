@@ -24,21 +24,44 @@ def build(config: Rewards, build: Build) -> Callable[[], list[Row]]:
     return lambda: list(rows(config, build))
 
 
+def gain(before: Tensor, after: Tensor) -> dict[str, float]:
+    """The mean gain of pairs [N], its 95% interval (normal, from the pairs' differences) and the gain in deviations.
+
+    "in sd" is the gain in standard deviations of `before`.
+    """
+    change = (after.double() - before.double()).cpu()
+    mean, half = float(change.mean()), 1.96 * float(change.std()) / len(change) ** 0.5
+    spread = max(float(before.double().std()), 1e-12)
+    return {"gain": mean, "low": mean - half, "high": mean + half, "in sd": mean / spread}
+
+
 @torch.no_grad()
 def rows(config: Rewards, build: Build) -> Iterator[Row]:
-    """`rewards.train.0` and so on; samples are drawn once for all of them."""
-    drawn, splits = list(samples(config, build)), (("train", "train"), ("held_out", "held out"))
+    """A row a reward; samples are drawn once for all of them, before and after from the same noise."""
+    student: Any = build.piece("student")
+    drawn, splits = list(samples(config, build, student)), (("train", "train"), ("held_out", "held out"))
+    was = list(samples(config, build, student.before())) if hasattr(student, "before") else None
     for split, role in splits:
         panel = Panel.of(build, split)  # type: ignore[arg-type]
-        gen = generator(build.seed, "rewards.draws", 0)
-        columns = zip(*(panel.each(x, cond, gen) for x, cond in drawn), strict=True)
-        for (reward, _), parts in zip(panel.parts, columns, strict=True):
-            values = torch.cat(parts).cpu()
-            yield {"reward": reward.name, "role": role, "mean": float(values.mean()), "std": float(values.std())}
+        after, before = judged(build, panel, drawn), judged(build, panel, was) if was else None
+        for i, (reward, _) in enumerate(panel.parts):
+            out: Row = {"reward": reward.name, "role": role}
+            if before is not None:
+                out["before"] = float(before[i].mean())
+            out |= {"mean": float(after[i].mean()), "std": float(after[i].std())}
+            if before is not None:
+                out |= gain(before[i], after[i])
+            yield out
 
 
-def samples(config: Rewards, build: Build) -> Iterator[tuple[Tensor, Condition]]:
-    """The student's samples [b, *S] in the model's own space for the data's prompts, with fixed noise."""
+def judged(build: Build, panel: Panel, drawn: list[tuple[Tensor, Condition]]) -> list[Tensor]:
+    """Every part's values [N] over all samples."""
+    gen = generator(build.seed, "rewards.draws", 0)
+    return [torch.cat(parts) for parts in zip(*(panel.each(x, cond, gen) for x, cond in drawn), strict=True)]
+
+
+def samples(config: Rewards, build: Build, student: Any) -> Iterator[tuple[Tensor, Condition]]:
+    """A student's samples [b, *S] in the model's own space for the data's prompts, with fixed noise."""
     model: Model = build.piece("teacher")
     gen = generator(build.seed, "rewards.samples", 0)
     for start in range(0, config.count, config.chunk):
@@ -46,7 +69,6 @@ def samples(config: Rewards, build: Build) -> Iterator[tuple[Tensor, Condition]]
         prompts = [model.uncond] * n
         if build.has("data"):
             prompts = build.piece("data").prompts(n, gen, slice(None))
-        student: Any = build.piece("student")
-        count = max(1, len(getattr(student, "times", ())))  # a student of several steps needs a noise for each
+        count = getattr(student, "draws", 1)
         noise = torch.randn(count, n, *model.shape, generator=gen).to(build.device)
         yield student.sample(noise[0], model.encode(prompts), list(noise[1:])).x, {"prompt": prompts}

@@ -15,7 +15,7 @@ from limbeck.core.rewards.config import Judging
 from limbeck.core.run.build import Build
 from limbeck.core.run.context import Context
 from limbeck.core.run.errors import BadInput
-from limbeck.core.scheduled import Scheduled
+from limbeck.core.scheduled import Scheduled, at
 
 Split = Literal["train", "held_out"]
 
@@ -51,7 +51,11 @@ class Panel:
 
     def total(self, ctx: Context, x: Tensor, cond: Condition, gen: torch.Generator | None = None) -> Tensor:
         """The weighted sum [B]."""
-        return sum_of(self.each(x, cond, gen), [ctx.at(weight) for _, weight in self.parts])
+        return self.value(x, cond, gen, ctx.step)
+
+    def value(self, x: Tensor, cond: Condition, gen: torch.Generator | None = None, step: int = 0) -> Tensor:
+        """The weighted sum [B], with the weights of a step."""
+        return sum_of(self.each(x, cond, gen), [at(weight, step) for _, weight in self.parts])
 
 
 class Judge:
@@ -78,8 +82,12 @@ class Judge:
             v = values.double().cpu()
             self.sums[side] += torch.stack([v.sum(), v.square().sum(), torch.ones_like(v).sum()])
         ctx.log("reward/train", trained.mean())
-        if (ctx.step + 1) % self.config.every == 0:
+        if self.due(ctx):
             self._evaluate(ctx)
+
+    def due(self, ctx: Context) -> bool:
+        """Whether this step ends with an evaluation."""
+        return (ctx.step + 1) % self.config.every == 0
 
     def _evaluate(self, ctx: Context) -> None:
         sums = ctx.mean(self.sums.to(ctx.device)).cpu()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Generator, Tensor
+
 from limbeck.core.rewards import base, config
 from limbeck.core.rewards.remote import remote as connect
+from limbeck.core.run import outside
 from limbeck.core.run.build import Build
 
 
@@ -34,11 +37,28 @@ def standardised(config: config.Standardised, build: Build) -> base.Reward:
     return base.standardised(inner(config.of, build), config.mean, config.std)
 
 
+def zscored(config: config.Zscored, build: Build) -> base.Reward:
+    """(r - mean)/std within a prompt."""
+    return base.zscored(inner(config.of, build), config.eps)
+
+
 def cached(config: config.Cached, build: Build) -> base.Reward:
     """Scored once by content."""
     return base.cached(inner(config.of, build), config.limit)
 
 
 def remote(config: config.Remote, build: Build) -> base.Reward:
-    """The reward of a server on this machine."""
-    return connect(f"http://127.0.0.1:{config.port}", config.patience)
+    """The reward of a server: on this machine, or where the command line says that this name is."""
+    if config.name is None:
+        return connect(f"http://127.0.0.1:{config.port}", config.patience)
+    address = outside.addresses().get(config.name)
+    return _absent(config.name) if address is None else connect(address, config.patience)
+
+
+def _absent(name: str) -> base.Reward:
+    """A server that nobody has named: pieces that ask nothing of it (samples, exports of a run) can be built."""
+
+    def score(x: Tensor, cond: base.Condition, *, t: Tensor | None, gen: Generator | None) -> Tensor:
+        raise outside.missing("address", name)
+
+    return base.Reward(score, f"remote {name}")

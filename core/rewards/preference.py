@@ -102,15 +102,17 @@ def _preference(where: str, row: Any) -> Preference:
 
 def media(pair: Preference, folder: Path) -> tuple[Path, Path]:
     """The files of winner and loser, which must lie in `folder`; BadInput otherwise."""
-    found = []
-    for name in (pair.winner, pair.loser):
-        path = (folder / name).resolve()
-        if not path.is_relative_to(folder.resolve()):
-            raise BadInput(f"{clean(name, 80)} lies outside {folder}; keep the files of preferences beside them")
-        if not path.is_file():
-            raise BadInput(f"{folder}: there is no file {clean(name, 80)}")
-        found.append(path)
-    return found[0], found[1]
+    return inside(pair.winner, folder), inside(pair.loser, folder)
+
+
+def inside(name: str, folder: Path) -> Path:
+    """The file of this name in `folder` or below; BadInput where there is none, or where it lies elsewhere."""
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise BadInput(f"{clean(name, 80)} lies outside {folder}; keep the files of preferences beside them")
+    if not path.is_file():
+        raise BadInput(f"{folder}: there is no file {clean(name, 80)}")
+    return path
 
 
 def _parquet(path: Path) -> list[dict[str, Any]]:

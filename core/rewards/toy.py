@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from limbeck.core.diffusion.denoiser import Denoiser, Encoded, Features, Output, Prediction
+from limbeck.core.diffusion.codec import Identity
+from limbeck.core.diffusion.denoiser import Denoiser, Encoded, Features, Model, Output, Prediction
 from limbeck.core.diffusion.discrete import MaskProcess, soft_rows
 from limbeck.core.diffusion.mixture import TokenTable
 from limbeck.core.diffusion.process import VP, expand
+from limbeck.core.diffusion.sampling import mask, sample
+from limbeck.core.rewards import config as settings
+from limbeck.core.rewards.base import Condition, Reward
+from limbeck.core.run.build import Build
+from limbeck.core.run.rng import generator
 
 LENGTH, VOCAB, MASK = 4, 3, 3
 
@@ -109,3 +116,56 @@ class Shifted(Denoiser):
     def forward(self, x_t: Tensor, t: Tensor, cond: Encoded, features: bool = False) -> Output:
         alpha, sigma = (expand(level, x_t) for level in self.process.levels(t))
         return sigma * (x_t - alpha * self.theta) / (alpha**2 + sigma**2)
+
+
+def teacher(config: None, build: Build) -> Model:
+    """Factory of the words' exact denoiser; prompts mean nothing to it."""
+    return Model(Words().teacher().to(build.device), (LENGTH,), Identity(), lambda prompts: {}, "words")
+
+
+class Scribe(nn.Module):
+    """The student of the toy words: its denoiser is a Writer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.denoiser = Writer(Words(), width)
+
+
+def student(config: settings.Writer, build: Build) -> Scribe:
+    """Factory of the writer."""
+    return Scribe(config.width).to(build.device)
+
+
+def letters(config: None, build: Build) -> Reward:
+    """Factory of the words' reward: black box, on whole words [B,4]."""
+    words = Words()
+
+    def score(x: Tensor, cond: Condition, *, t: Tensor | None, gen: torch.Generator | None) -> Tensor:
+        return words.score(x.cpu()).to(x.device)
+
+    return Reward(score, "letters", "tokens")
+
+
+def metric(config: settings.Tilt, build: Build) -> Callable[[], list[dict[str, float | str]]]:
+    """Factory of the metric: student, teacher and the exact tilt, a row each."""
+    words = Words(config.beta)
+
+    @torch.no_grad()
+    def drawn(denoiser: Denoiser) -> Tensor:
+        start = torch.full((config.count, LENGTH), MASK, device=build.device)
+        times = torch.linspace(1, 0, config.steps + 1)
+        return words.law(sample(denoiser, start, times, mask(), generator(build.seed, "tilt", 0)).cpu())
+
+    def rows() -> list[dict[str, float | str]]:
+        laws = {"student": drawn(build.piece("student").denoiser), "teacher": drawn(build.piece("teacher").denoiser)}
+        return [
+            {
+                "words": name,
+                "reward": float((law * words.reward).sum()),
+                "reward - beta KL": words.objective(law),
+                "variation from the tilt": variation(law, words.tilt()),
+            }
+            for name, law in (laws | {"exact tilt": words.tilt()}).items()
+        ]
+
+    return rows

@@ -92,9 +92,9 @@ class Build:
             self._pieces[slot] = self._make(kind, slot, self._config(slot))
         return self._pieces[slot]
 
-    def part(self, kind: str, config: Any) -> Any:
-        """A piece inside another one's settings (`of: {kind: …}`), made anew at each call."""
-        return self._make(kind, f"{kind}/{config.kind}", config)
+    def part(self, kind: str, config: Any, name: str = "") -> Any:
+        """A piece inside another one's settings (`of: {kind: …}`), made anew at each call, with the seed of `name`."""
+        return self._make(kind, f"{kind}/{config.kind}{'/' if name else ''}{name}", config)
 
     def has(self, slot: str) -> bool:
         """Whether the recipe (or, for `data`, the stage being built) fills this slot."""

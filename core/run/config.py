@@ -29,3 +29,11 @@ class OptimConfig(BaseModel):
     clip: Norm | None = 1.0  # largest global gradient norm
     every: Annotated[int, Field(ge=1)] = 1  # the player trains at every n-th step
     ema: Average | None = None  # ramped: min(ema, (1 + n) / (10 + n)) after n updates
+
+
+class StudentOf(BaseModel):
+    """The student of another run."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    of: Annotated[str, Field(min_length=1)]  # its folder

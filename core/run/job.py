@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from limbeck.core.run import checkpoint, memory, table
+from limbeck.core.run import checkpoint, memory, outside, table
 from limbeck.core.run import recipe as recipes
 from limbeck.core.run.build import Build
 from limbeck.core.run.checkpoint import Loaded, Manifest
+from limbeck.core.run.config import StudentOf
 from limbeck.core.run.distributed import Team
 from limbeck.core.run.errors import BadInput, LimbeckError, NonFinite
 from limbeck.core.run.metrics import Metrics
@@ -74,6 +75,11 @@ def open_run(folder: Path, device: str | None = None) -> Build:
         load_weights(build.objective(loaded.manifest.stage), loaded)
         build.step = loaded.manifest.step
     return build
+
+
+def student_of(config: StudentOf, build: Build) -> Any:
+    """Factory of the student `run`: the student of another run, with the weights that it ended with."""
+    return open_run(Path(config.of), str(build.device)).piece("student")
 
 
 def evaluate(build: Build) -> dict[str, Rows]:
@@ -236,11 +242,16 @@ class Job:
             self.build.piece("space").show(self.build, trainer.step, folder)
 
     def _sample(self) -> None:
-        r, which = self.recipe, "student" if self.build.has("student") else "teacher"
-        if self.team.rank == 0:
-            folder = self.build.folder / "samples"
-            folder.mkdir(parents=True, exist_ok=True)
-            self.build.piece("space").sample(self.build, r.sample.prompts, r.seed, folder, which=which)
+        if self.team.rank:
+            return
+        r, space, folder = self.recipe, self.build.piece("space"), self.build.folder / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.build.has("sampler"):
+            drawn = self.build.piece("sampler")(list(r.sample.prompts), r.seed)
+            space.keep(self.build, drawn.x, list(r.sample.prompts), r.seed, folder)
+        else:
+            which = "student" if self.build.has("student") else "teacher"
+            space.sample(self.build, r.sample.prompts, r.seed, folder, which=which)
 
     def _evaluate(self) -> None:
         trained = getattr(self, "ending", None)
@@ -300,7 +311,7 @@ def environment(build: Build) -> dict[str, Any]:
     typed = Path(sys.argv[0]).name in ("limbeck", "__main__.py")
     return {
         "limbeck": version("limbeck"),
-        "command": shlex.join(["limbeck", *sys.argv[1:]]) if typed else "",
+        "command": shlex.join(["limbeck", *outside.hidden(sys.argv[1:])]) if typed else "",
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "recipe": build.recipe.name,
         "digest": recipes.digest(build.recipe),

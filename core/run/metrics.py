@@ -60,17 +60,25 @@ class Metrics:
             tracker.finish()
 
     def track(self, names: Sequence[str], config: dict[str, Any]) -> None:
-        """Start the trackers that the recipe asks for."""
+        """Start the trackers that the recipe asks for: a project a recipe, an entry a run, files in its folder."""
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+        project, run = str(config["recipe"]).replace("/", "-"), {"name": self.folder.name}
+        places: dict[str, tuple[str, dict[str, str]]] = {
+            "tensorboard": ("tensorboard", {"logging_dir": str(self.folder)}),
+            "trackio": (project, run),
+            "wandb": (project, {**run, "dir": str(self.folder)}),
+        }
         for name in names if self.writes else []:
             if importlib.util.find_spec(name) is None:
                 raise BadInput(f"track: {name} is not installed; run `pip install 'limbeck[logging]'` or drop it")
-            kind = LOGGER_TYPE_TO_CLASS[name]
-            where = {"logging_dir": str(self.folder)} if kind.requires_logging_directory else {}
-            tracker = kind(self.folder.name, **where)
-            tracker.start()
-            tracker.store_init_configuration(config)
+            title, where = places[name]
+            tracker = LOGGER_TYPE_TO_CLASS[name](title, **where)
+            try:
+                tracker.start()
+                tracker.store_init_configuration(config)
+            except Exception as error:  # its login, its disk, its network
+                raise BadInput(f"track: {name} does not start ({_first_line(error)}); mend that or drop it") from error
             self._trackers.append(tracker)
 
     def begin(self, stage: str, step: int, steps: int, before: list[str]) -> None:
@@ -148,8 +156,12 @@ def _row(line: str) -> dict[str, Any]:
     return row if isinstance(row, dict) else {}
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def _main(key: str) -> bool:
-    return key.startswith(("loss/", "reward/")) or key in ("held_out", "gap")
+    return key.startswith(("loss/", "reward/")) or key in ("held_out", "gap", "kl")
 
 
 def _table(title: str, numbers: dict[str, float], facts: dict[str, str]) -> Any:

@@ -20,10 +20,12 @@ from limbeck.core.scheduled import Scheduled
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 RecipeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}(/[A-Za-z0-9][A-Za-z0-9_.-]{0,63}){0,3}$")]
-FLAGS = {"set", "out", "name", "seed", "device", "dry-run", "processes", "help"}
+FLAGS = {
+    "set", "out", "name", "seed", "device", "dry-run", "processes", "reward-program", "reward-address", "help",
+}  # fmt: skip
 Texts = dict[yamlio.Keys, str]
 KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}(\.[A-Za-z0-9_][A-Za-z0-9_-]{0,63}){0,15}\Z")
-SLOTS = {"teacher": "teacher", "student": "student", "data": "data", "space": "space"}
+SLOTS = {"teacher": "teacher", "student": "student", "data": "data", "space": "space", "sampler": "sampler"}
 
 
 REMEDIES = {
@@ -94,6 +96,8 @@ Weight = (Scheduled, 1.0)
 Loss = Annotated[Any, _slot("objective", weight=Weight)]
 Metric = Annotated[Any, _slot("metric")]
 Reward = Annotated[Any, _slot("reward", weight=Weight)]
+Sampler = Annotated[Any, _slot("sampler")]
+Student = Annotated[Any, _slot("student")]
 
 
 class Expect(Strict):
@@ -189,6 +193,7 @@ class Recipe(Strict):
     student: Annotated[Any, _maybe("student")] = None
     data: Annotated[Any, _maybe("data")] = None
     space: Annotated[Any, _maybe("space")] = None
+    sampler: Annotated[Any, _maybe("sampler")] = None  # of `job: sample`; null: the model's own
     rewards: Rewards | None = None
     stages: Annotated[list[Stage], AfterValidator(_unique)] = []
     eval: list[Metric] = []

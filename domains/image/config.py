@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from limbeck.core.run.config import OptimConfig
+
 Size = Annotated[int, Field(ge=8, le=4096)]
 Times = Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1, max_length=64)]
 
@@ -20,6 +22,12 @@ class Fluent(Config):
     size: Literal[32, 64] = 32
     vary: Annotated[float, Field(ge=0, le=1)] = 1.0  # of scale, shift and mirror; 0: pictures stay as they are
     captions: Literal["name", "mixed"] = "mixed"  # "mixed": a third at the level of the group or a keyword
+
+
+class Noto(Config):
+    """The pictures of the second art style, without those of the captions that are never trained on."""
+
+    degraded: Annotated[float, Field(ge=0, le=1)] = 0.5  # share that is blurred, and share that gets noise
 
 
 class FreshUNet(Config):
@@ -74,6 +82,17 @@ class Student(Config):
     alpha: Annotated[float, Field(gt=0)] | None = None  # LoRA's scale is alpha/rank; null: alpha = rank
 
 
+class Tuned(Config):
+    """The teacher with its sampler of many steps, to be tuned; DDIM without noise when pictures are shown."""
+
+    steps: Annotated[int, Field(ge=1, le=1000)] = 30
+    guidance: Annotated[float, Field(ge=0)] = 3.0
+    lora: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] | None = (
+        "auto"  # rank; null: a full copy; auto: by teacher
+    )
+    alpha: Annotated[float, Field(gt=0)] | None = None  # LoRA's scale is alpha/rank; null: alpha = rank
+
+
 class Compressibility(Config):
     """Minus the kilobytes of a picture's JPEG above those of a constant picture; `large`: plus."""
 
@@ -83,3 +102,65 @@ class Compressibility(Config):
 
 class Colourfulness(Config):
     """How colourful a picture is, in units of 100."""
+
+
+class Edges(Config):
+    """Minus the distance between a picture's edges and those of its condition."""
+
+    distance: Literal["squared", "overlap"] = "squared"
+    least: Size = 128  # pixels: smaller pictures are enlarged to it, as edges are some pixels wide
+    chunk: Annotated[int, Field(ge=1)] = 16  # pictures at a time
+
+
+class LegibleText(Config):
+    """How alike the text in a picture and the quoted text in its prompt are, 0 to 1."""
+
+
+class ClipModel(Config):
+    """A CLIP model: a local folder or a hub id (safetensors; nothing is downloaded that is not named here)."""
+
+    model: Annotated[str, Field(min_length=1, max_length=4096)]
+    processor: Annotated[str, Field(min_length=1, max_length=4096)] | None = (
+        None  # where its tokenizer and preprocessing lie; null: with the model
+    )
+    chunk: Annotated[int, Field(ge=1)] = 16  # pictures at a time
+
+
+class Aesthetic(ClipModel):
+    """A CLIP-L/14 model and the LAION head on its picture vectors."""
+
+    head: Annotated[str, Field(min_length=1, max_length=4096)]  # a safetensors file of layers.N.weight and .bias
+
+
+class Tower(Config):
+    """A frozen net's features and a linear head into the space of captions."""
+
+    trunk: Literal["lite0", "hed"] = "lite0"
+
+
+class Contrastive(Config):
+    """Each picture's own caption among all captions that are trained on."""
+
+    scale: Annotated[float, Field(gt=0)] = 10.0  # of the cosines
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.75  # of the trunk's features
+    keywords: Annotated[float, Field(ge=0)] = 0.5  # how far a caption's target leans towards its keywords
+    optim: OptimConfig = OptimConfig(lr=1e-3, warmup=20, decay="cosine")
+
+
+class Retrieval(Config):
+    """Captions found for pictures, in both styles, with captions seen and never seen."""
+
+    count: Annotated[int, Field(ge=1, le=64)] = 2  # pictures of each caption
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Matches(Config):
+    """How many pictures are shown with the captions found for them."""
+
+    count: Annotated[int, Field(ge=1, le=320)] = 32
+
+
+class TextReward(Config):
+    """How well a picture fits its prompt: a cosine of the embedded tower `a`, or of `b`, the judge of another net."""
+
+    model: Literal["a", "b"] = "a"

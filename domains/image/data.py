@@ -50,11 +50,11 @@ def captions_file() -> dict[str, Any]:
 EVAL_NAMES: tuple[str, ...] = tuple(captions_file()["eval_names"])
 
 
-def load_sheet(size: int = 32) -> Tensor:
-    """The pictures as uint8 RGBA [N,4,size,size], alpha not premultiplied."""
-    path = FOLDER / f"pictures-{size}.webp"
+def load_sheet(size: int = 32, folder: Path = FOLDER) -> Tensor:
+    """The pictures of one art style as uint8 RGBA [N,4,size,size], alpha not premultiplied."""
+    path = folder / f"pictures-{size}.webp"
     if not path.exists():
-        raise BadInput(f"pictures of size {size} are not built: run `limbeck assets build fluent-{size}`")
+        raise BadInput(f"pictures of size {size} are not built: run `limbeck assets build {folder.name}-{size}`")
     with Image.open(path) as image:
         pixels = torch.from_numpy(np.array(image.convert("RGBA")))
     rows, columns = pixels.shape[0] // size, pixels.shape[1] // size
@@ -128,7 +128,7 @@ def composite(premultiplied: Tensor, ground: Tensor) -> Tensor:
 class FluentData:
     """Pictures, names, groups and keywords, and random draws of (picture on a ground, caption)."""
 
-    def __init__(self, size: int = 32) -> None:
+    def __init__(self, size: int = 32, folder: Path = FOLDER) -> None:
         rows = captions_file()["pictures"]
         self.size = size
         self.names: list[str] = [r["name"] for r in rows]
@@ -139,7 +139,7 @@ class FluentData:
         self.index = {name: i for i, name in enumerate(self.names)}
         self.eval_names = EVAL_NAMES
         self.known = frozenset(self.texts())
-        self.rgba = load_sheet(size)
+        self.rgba = load_sheet(size, folder)
         pixels = self.rgba.float() / 255
         self.premultiplied = torch.cat([pixels[:, :3] * pixels[:, 3:], pixels[:, 3:]], 1)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limbeck.core.diffusion.denoiser import FewStep, Model
+from limbeck.core.diffusion.manystep import ManyStep
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput
 from limbeck.core.run.rng import generator
@@ -123,11 +124,11 @@ def digest(net: nn.Module) -> str:
     return total.hexdigest()
 
 
-def student_sampler(model: Model, student: FewStep) -> Sampler:
+def student_sampler(model: Model, student: FewStep | ManyStep) -> Sampler:
     """The student in its own number of steps, without guidance."""
 
     def sample(gen: torch.Generator, prompts: list[str]) -> Tensor:
-        draws = [noise(model, gen, len(prompts)) for _ in student.times]
+        draws = [noise(model, gen, len(prompts)) for _ in range(student.draws)]
         return model.codec.decode(student.sample(draws[0], model.encode(prompts), draws[1:]).x)
 
     return sample
@@ -233,7 +234,7 @@ def write_cache(model: Model, config: Quality, path: Path = TEACHER) -> None:
 
 def table(
     model: Model,
-    student: FewStep | None,
+    student: FewStep | ManyStep | None,
     config: Quality,
     device: str | torch.device = "cpu",
     cache: Path = TEACHER,
@@ -251,7 +252,7 @@ def table(
         rows.append(row(name, steps, found, reference, config, seconds(sampler, config)))
 
     if student is not None:
-        add("student", len(student.times), student_sampler(model, student))
+        add("student", student.steps, student_sampler(model, student))
     for steps in config.teacher_steps:
         add("teacher", steps, teacher_sampler(model, steps, config.guidance), known.get(steps))
     return rows

@@ -9,11 +9,13 @@ from typing import Any
 from torch import nn
 
 from limbeck.core.diffusion.denoiser import Denoiser, FewStep, Model, Network
+from limbeck.core.diffusion.manystep import ManyStep
 from limbeck.core.distillation.lora import Patched
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput
-from limbeck.domains.image import lora, models
-from limbeck.domains.image.config import Student
+from limbeck.domains.image import lora as patches
+from limbeck.domains.image import models
+from limbeck.domains.image.config import Student, Tuned
 from limbeck.domains.image.pipelines import PipelineModel
 from limbeck.domains.image.pipelines.loading import TokenFeatures
 
@@ -25,19 +27,29 @@ def full_copy(model: Model) -> Denoiser:
     return copy.deepcopy(model.denoiser).float().requires_grad_(True)
 
 
-def build(config: Student, build: Build) -> FewStep:
-    """The slot `student`: few steps, at first the teacher itself; `lora: auto` patches pipelines, copies the rest."""
-    model: Model = build.piece("teacher")
-    rank = config.lora
+def trainable(model: Model, lora: int | str | None, alpha: float | None) -> Denoiser:
+    """The teacher to be trained: LoRA of this rank on it, or a full copy; `auto` patches pipelines, copies the rest."""
+    rank = lora
     if rank == "auto":
         rank = RANK if isinstance(model, PipelineModel) else None
     if rank is None:
-        return FewStep(full_copy(model), config.times)
+        return full_copy(model)
     if not isinstance(model, PipelineModel):
         raise BadInput(
             f"student.lora: {model.name} is no diffusers pipeline; set student.lora=null to train a full copy"
         )
-    return FewStep(lora.attach(model, rank, config.alpha), config.times)
+    return patches.attach(model, int(rank), alpha)
+
+
+def build(config: Student, build: Build) -> FewStep:
+    """The slot `student`: few steps, at first the teacher itself."""
+    return FewStep(trainable(build.piece("teacher"), config.lora, config.alpha), config.times)
+
+
+def build_tuned(config: Tuned, build: Build) -> ManyStep:
+    """The slot `student` of reward recipes: the teacher's own sampler of many steps, at first the teacher itself."""
+    model: Model = build.piece("teacher")
+    return ManyStep(model, trainable(model, config.lora, config.alpha), config.steps, config.guidance)
 
 
 def export_lora(build: Build, path: Path) -> list[Path]:
@@ -47,7 +59,7 @@ def export_lora(build: Build, path: Path) -> list[Path]:
         raise BadInput(
             "this student is a full copy, it has no LoRA; use --format diffusers, or train with student.lora=64"
         )
-    return lora.save_lora(model, denoiser.lora, path)
+    return patches.save_lora(model, denoiser.lora, path)
 
 
 def export_folder(build: Build, path: Path) -> list[Path]:
@@ -57,7 +69,7 @@ def export_folder(build: Build, path: Path) -> list[Path]:
         path.mkdir(parents=True, exist_ok=True)
         models.save_teacher(_plain(denoiser), path, {"size": model.shape[-1], **_history(build)})
         return sorted(file for file in path.rglob("*") if file.is_file())
-    net = lora.merged(model, denoiser.lora) if isinstance(denoiser, Patched) else _plain(denoiser)
+    net = patches.merged(model, denoiser.lora) if isinstance(denoiser, Patched) else _plain(denoiser)
     kept = model.net
     try:
         setattr(model.pipe, model.family.net, net)
@@ -76,7 +88,10 @@ def trained(build: Build) -> Denoiser:
 def _history(build: Build) -> dict[str, Any]:
     """What the folder says of the weights: the times of a student's steps, how long a teacher was trained."""
     if build.has("student"):
-        return {"times": list(build.piece("student").times)}
+        student = build.piece("student")
+        if isinstance(student, FewStep):
+            return {"times": list(student.times)}
+        return {"tuned": {"recipe": build.recipe.name, "steps": build.step, "batch": build.recipe.batch}}
     return {"trained": {"recipe": build.recipe.name, "steps": build.step, "batch": build.recipe.batch}}
 
 

@@ -22,6 +22,14 @@ Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any key of the recipe: a.b=c.")
 ]
 Processes = Annotated[int, typer.Option(min=1, help="Start this many processes (through torchrun).")]
+Programs = Annotated[
+    list[str] | None,
+    typer.Option("--reward-program", metavar="NAME=COMMAND", help="Your program behind the recipe's reward NAME."),
+]
+Addresses = Annotated[
+    list[str] | None,
+    typer.Option("--reward-address", metavar="NAME=ADDRESS", help="A reward server elsewhere: http://HOST:PORT."),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -53,6 +61,8 @@ def run(
         bool, typer.Option("--dry-run", help="Print memory and time that it would take, and stop.")
     ] = False,
     processes: Processes = 1,
+    reward_program: Programs = None,
+    reward_address: Addresses = None,
 ) -> None:
     """Carry out a recipe."""
     from limbeck import verbs
@@ -63,7 +73,8 @@ def run(
         if recipe and not recipe.startswith("-"):
             print("\n" + verbs.inputs_help(recipe))
         raise typer.Exit()
-    order = verbs.Order(recipe, extra, list(sets or []), out, name, seed, device, dry_run, processes)
+    outside = (list(reward_program or []), list(reward_address or []))
+    order = verbs.Order(recipe, extra, list(sets or []), out, name, seed, device, dry_run, processes, *outside)
     raise typer.Exit(verbs.run(order, [parameter.opts[0] for parameter in context.command.params[1:]]))
 
 
@@ -104,11 +115,17 @@ def compare(
 
 
 @app.command()
-def resume(run: Run, device: Device = None, processes: Processes = 1) -> None:
+def resume(
+    run: Run,
+    device: Device = None,
+    processes: Processes = 1,
+    reward_program: Programs = None,
+    reward_address: Addresses = None,
+) -> None:
     """Go on with a run from its last checkpoint."""
     from limbeck import verbs
 
-    raise typer.Exit(verbs.resume(run, device, processes))
+    raise typer.Exit(verbs.resume(run, device, processes, reward_program or [], reward_address or []))
 
 
 @app.command()
@@ -131,11 +148,11 @@ def sample(
 
 
 @app.command("eval")
-def eval_(run: Run, device: Device = None) -> None:
+def eval_(run: Run, device: Device = None, reward_program: Programs = None, reward_address: Addresses = None) -> None:
     """Measure a run with its recipe's metrics."""
     from limbeck import verbs
 
-    verbs.evaluate(run, device)
+    verbs.evaluate(run, device, reward_program or [], reward_address or [])
 
 
 @app.command()

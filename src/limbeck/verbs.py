@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from limbeck.core.run import outside, yamlio
 from limbeck.core.run import recipe as recipes
-from limbeck.core.run import yamlio
 from limbeck.core.run.errors import BadInput, clean, did_you_mean
 from limbeck.core.run.registry import registry
 
@@ -29,6 +29,8 @@ class Order:
     device: str | None = None
     dry_run: bool = False
     processes: int = 1
+    programs: Sequence[str] = ()
+    addresses: Sequence[str] = ()
 
 
 def run(order: Order, flags: Sequence[str]) -> int:
@@ -36,6 +38,7 @@ def run(order: Order, flags: Sequence[str]) -> int:
     inputs = parse_inputs(order, flags)
     sets = order.sets + ([f"seed={order.seed}"] if order.seed is not None else [])
     recipe = recipes.load(order.recipe, sets, inputs)
+    outside_of(recipe, order.programs, order.addresses)
     folder = new_folder(recipe.name, order)
     if order.processes > 1:
         from limbeck.core.run import distributed
@@ -44,6 +47,13 @@ def run(order: Order, flags: Sequence[str]) -> int:
     from limbeck.core.run import job
 
     return job.run(recipe, folder, device=order.device, dry_run=order.dry_run)
+
+
+def outside_of(recipe: recipes.Recipe, programs: Sequence[str], addresses: Sequence[str]) -> None:
+    """Take what the command line names, which must be what the recipe's rewards need (rows of a table say it later)."""
+    outside.take(programs, addresses)
+    if recipe.job != "table":
+        outside.agree(recipe.rewards.model_dump(mode="json") if recipe.rewards else None)
 
 
 def parse_inputs(order: Order, flags: Sequence[str]) -> dict[str, str]:
@@ -85,6 +95,7 @@ def _arguments(order: Order, folder: Path) -> list[str]:
     flags += ["--seed", str(order.seed)] if order.seed is not None else []
     flags += ["--device", order.device] if order.device else []
     flags += ["--dry-run"] if order.dry_run else []
+    flags += outside.arguments(order.programs, order.addresses)
     return ["run", order.recipe, *flags, *order.extra]
 
 
@@ -238,15 +249,19 @@ def _short(value: Any) -> str:
     return "-" if value is None else f"{value:.5g}" if isinstance(value, float) else clean(value, 40)
 
 
-def resume(folder: Path, device: str | None, processes: int) -> int:
+def resume(
+    folder: Path, device: str | None, processes: int, programs: Sequence[str] = (), addresses: Sequence[str] = ()
+) -> int:
     """Go on from the last checkpoint."""
     run_data(folder)
+    recipe = recipes.load(str(folder / "recipe.yaml"))
+    outside_of(recipe, programs, addresses)
     if processes > 1:
         from limbeck.core.run import distributed
 
         extra = ["--device", device] if device else []
+        extra += outside.arguments(programs, addresses)
         return distributed.launch(["resume", str(folder), *extra], processes)
-    recipe = recipes.load(str(folder / "recipe.yaml"))
     from limbeck.core.run import job
 
     return job.run(recipe, folder, device=device, resume=True)
@@ -281,8 +296,9 @@ def sample(
     _print_paths(space.sample(build, prompts, seed, place, which=which, steps=steps, guidance=guidance))
 
 
-def evaluate(folder: Path, device: str | None) -> None:
+def evaluate(folder: Path, device: str | None, programs: Sequence[str] = (), addresses: Sequence[str] = ()) -> None:
     """Run the recipe's metrics, keep them in eval.json and print the tables."""
+    outside.take(programs, addresses)
     build = _opened(folder, device)
     if not build.recipe.eval:
         raise BadInput("this recipe names no metrics; add some under eval:")
@@ -320,13 +336,14 @@ def serve_reward(name: str, sets: Sequence[str], host: str, port: int, device: s
 def export(folder: Path, format: str, out: Path | None, device: str | None) -> None:
     """Write the student in one of the space's formats, or with an exporter of that name."""
     build = _opened(folder, device)
-    space, exporters = build.piece("space"), registry().specs
-    known = [*space.formats, *(name for kind, name in exporters if kind == "exporter")]
+    space, exporters = build.piece("space") if build.has("space") else None, registry().specs
+    own = space.formats if space else ()
+    known = [*own, *(name for kind, name in exporters if kind == "exporter")]
     if format not in known:
         raise BadInput(f"--format {clean(format)}: must be one of {', '.join(known)}{did_you_mean(format, known)}")
     path = out or folder / "exports" / format
     path.parent.mkdir(parents=True, exist_ok=True)
-    if format in space.formats:
+    if space and format in own:
         return _print_paths(space.export(build, path, format))
     write = registry().load(exporters["exporter", format])
     _print_paths(write(build, path))

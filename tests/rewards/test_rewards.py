@@ -74,6 +74,30 @@ def test_rewards_of_rewards() -> None:
     assert base.axis(Reward(lambda x, cond, *, t, gen: x, "both"), 1)(X, COND).tolist() == [4.0, 3.0, -1.0]
 
 
+def test_z_scores_are_taken_within_a_prompt_and_a_lone_row_gives_nothing() -> None:
+    x = torch.tensor([[1.0], [10.0], [3.0], [30.0], [7.0], [5.0], [5.0]], requires_grad=True)
+    cond: base.Condition = {"prompt": ["a", "b", "a", "b", "alone", "equal", "equal"]}
+    z = base.zscored(FIRST, 1e-6)(x, cond)
+    assert z.tolist() == pytest.approx([-1.0, -1.0, 1.0, 1.0, 0.0, 0.0, 0.0], abs=1e-5)
+    (slope,) = torch.autograd.grad(z.sum(), x)
+    assert slope[:, 0].tolist() == pytest.approx([1.0, 0.1, 1.0, 0.1, 0.0, 0.0, 0.0], abs=1e-5)
+    both = base.zscored(Reward(lambda x, cond, *, t, gen: torch.cat([x, -x], 1), "both", chunk=2))(x, cond)
+    assert torch.allclose(both[:, 0], z) and torch.allclose(both[:, 1], -z)
+    whole = base.zscored(FIRST)(x.detach(), {})
+    assert float(whole.mean()) == pytest.approx(0.0, abs=1e-6) and float(whole.std(correction=0)) == pytest.approx(1.0)
+
+
+def test_a_z_score_in_a_recipe() -> None:
+    from limbeck.core.run.build import Build
+    from limbeck.core.run.recipe import of
+
+    both = {split: [{"kind": "zscored", "of": {"kind": "toy.letters"}}] for split in ("train", "held_out")}
+    made = Build(of({"name": "z", "job": "sample", "steps": 1, "batch": 1, "rewards": both})).piece("rewards.train.0")
+    words = torch.tensor([[0, 1, 2, 0], [1, 1, 1, 1], [2, 0, 0, 1]])
+    z = made(words, {"prompt": ["", "", "b"]})
+    assert sorted(z.tolist()) == pytest.approx([-1.0, 0.0, 1.0], abs=1e-4) and float(z[2]) == 0.0
+
+
 def test_a_satisfied_hinge_and_a_clip_do_not_pull() -> None:
     x = X.clone().requires_grad_(True)
     (slope,) = torch.autograd.grad(base.hinge(FIRST, 2.0)(x, COND).sum(), x)

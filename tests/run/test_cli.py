@@ -13,15 +13,16 @@ import typer
 from limbeck import cli
 from limbeck.core.run import recipe
 
+OUTSIDE = ("--reward-program", "--reward-address")
 FLAGS = {
-    "run": {"RECIPE", "--set", "--out", "--name", "--seed", "--device", "--dry-run", "--processes"},
+    "run": {"RECIPE", "--set", "--out", "--name", "--seed", "--device", "--dry-run", "--processes", *OUTSIDE},
     "list": {"--pieces"},
     "show": {"RECIPE", "--set"},
     "runs": {"--out"},
     "compare": {"RUN"},
-    "resume": {"RUN", "--device", "--processes"},
+    "resume": {"RUN", "--device", "--processes", *OUTSIDE},
     "sample": {"RUN", "--prompt", "--which", "--steps", "--guidance", "--seed", "--out", "--device"},
-    "eval": {"RUN", "--device"},
+    "eval": {"RUN", "--device", *OUTSIDE},
     "export": {"RUN", "--format", "--out", "--device"},
     "view": {"RUN"},
     "verify": {"[METHOD]...", "--json"},

@@ -16,8 +16,8 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 TORCH_FREE = (
     "limbeck", "limbeck.api", "limbeck.cli", "limbeck.doctor", "limbeck.scaffold", "limbeck.verbs", "limbeck.core",
     "limbeck.core.scheduled", "limbeck.core.run", "limbeck.core.run.checks", "limbeck.core.run.config",
-    "limbeck.core.run.errors", "limbeck.core.run.plot", "limbeck.core.run.recipe", "limbeck.core.run.registry",
-    "limbeck.core.run.report", "limbeck.core.run.yamlio", "limbeck.core.diffusion.config",
+    "limbeck.core.run.errors", "limbeck.core.run.outside", "limbeck.core.run.plot", "limbeck.core.run.recipe",
+    "limbeck.core.run.registry", "limbeck.core.run.report", "limbeck.core.run.yamlio", "limbeck.core.diffusion.config",
     "limbeck.core.distillation.config", "limbeck.core.rewards.config", "limbeck.domains.image.config",
 )  # fmt: skip
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import tracking
 
-from limbeck.core.run import checkpoint, job
+from limbeck.core.run import checkpoint, job, metrics
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput, LimbeckError, NonFinite
 from limbeck.core.run.metrics import Metrics
@@ -128,6 +129,31 @@ def test_two_losses_share_the_student(load, tmp_path: Path) -> None:
 def test_trackers_that_are_not_installed_name_the_extra(load, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"track: wandb is not installed; run `pip install 'limbeck\[logging\]'`"):
         job.run(load("track=[wandb]"), tmp_path / "r", device="cpu", quiet=True)
+
+
+def test_a_tracker_that_does_not_start_says_why_in_one_line(load, tmp_path: Path, monkeypatch) -> None:
+    class Refused:
+        def __init__(self, title: str, name: str, dir: str) -> None:
+            assert (title, name, dir) == ("tiny", "r", str(tmp_path / "r"))
+
+        def start(self) -> None:
+            raise RuntimeError("no key\nhow to get one")
+
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Refused)
+    with pytest.raises(BadInput, match=r"^track: wandb does not start \(no key\); mend that or drop it$"):
+        job.run(load("track=[wandb]"), tmp_path / "r", device="cpu", quiet=True)
+
+
+def test_tensorboard_writes_beside_the_numbers(load, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert job.run(load("track=[tensorboard]", "log.every=5"), tmp_path / "r", device="cpu", quiet=True) == 0
+    seen = EventAccumulator(str(tmp_path / "r" / "tensorboard")).Reload()
+    rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    found = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in seen.Scalars("loss/generator")]
+    assert len(found) > 1 and found == [(row["step"], row["loss/generator"]) for row in rows]
 
 
 def test_bf16_runs_and_keeps_float32_weights(load, tmp_path: Path) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from limbeck.core.diffusion.denoiser import Denoiser, Encoded, Model
-from limbeck.core.diffusion.guidance import guide
+from limbeck.core.diffusion.guidance import guided_by, with_scale
 from limbeck.core.diffusion.sampling import ddim
 from limbeck.core.diffusion.sampling import sample as walk
 from limbeck.domains.image.pipelines.loading import PipelineModel
@@ -27,12 +26,8 @@ def guided(
     inner = model.denoiser if denoiser is None else denoiser
     if guidance is None:
         guidance = model.options.guidance if isinstance(model, PipelineModel) else 1.0
-    if "guidance" in cond:
-        return inner, {**cond, "guidance": torch.full_like(cond["guidance"], guidance)}
-    if guidance <= 1:
-        return inner, cond
-    null = model.encode([model.uncond if negative is None else negative])
-    return guide(inner, null, guidance), cond
+    null = {} if guidance <= 1 or "guidance" in cond else model.encode([model.uncond if negative is None else negative])
+    return guided_by(inner, null, guidance), with_scale(cond, guidance)
 
 
 def sample(
