@@ -70,7 +70,7 @@ def backpropagate(tuning: Tuning, config: Gradient, ctx: Context) -> Terms:
     x, cond, raw = tuning.begin(ctx, config.walk)
     walker, last = tuning.guided(ctx, tuning.student, config.walk), gradient_steps(ctx, config)
     times = tuning.times(config.walk)[: walked_steps(ctx, config) + 1]
-    gen, kernel = ctx.draws.gen("tuning.walk"), tuning.kernel(ctx, config.walk)
+    gen, kernel = tuning.gen(ctx), tuning.kernel(ctx, config.walk)
     price, divergence = ctx.at(getattr(config, "kl", 0.0)), x.new_zeros(())
     watched = price > 0 or tuning.judge.due(ctx)
     for step in trajectory(walker, kernel, x, times, cond, gen, last):

@@ -102,7 +102,7 @@ class Learning:
         """Draw, score, and ask the reference."""
         tuning, walk = self.tuning, self.config.walk
         x, cond, raw = tuning.begin(ctx, walk, self.config.per_prompt)
-        kernel, gen = tuning.kernel(ctx, walk), ctx.draws.gen("tuning.walk")
+        kernel, gen = tuning.kernel(ctx, walk), tuning.gen(ctx)
         rollout, sums = roll(self.policy(ctx), kernel, x, tuning.times(walk), cond, gen)
         reference = rollout.log_prob(tuning.guided(ctx, tuning.reference, walk))
         ctx.log("kl", (sums - reference).sum(0).mean())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from limbeck.core.diffusion.denoiser import Denoiser, Encoded, Prediction, index_cond, repeat_cond
+from limbeck.core.diffusion.draws import Generator
 from limbeck.core.diffusion.sampling import Kernel, rematerialised, trajectory
 
 
@@ -84,7 +85,7 @@ def roll(
     x: Tensor,
     times: Tensor,
     cond: Encoded | None,
-    gen: torch.Generator,
+    gen: Generator,
     together: int = 1,
 ) -> tuple[Rollout, Tensor]:
     """Walk from x [B,*S] and keep every state -> (rollout, log p of its usable steps [K',B] under this denoiser)."""

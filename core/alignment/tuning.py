@@ -9,6 +9,7 @@ from torch import Tensor
 from limbeck.core.alignment.config import Config, Walk
 from limbeck.core.diffusion.denoiser import Denoiser, Encoded
 from limbeck.core.diffusion.discrete import TokenProcess
+from limbeck.core.diffusion.draws import Shared
 from limbeck.core.diffusion.guidance import guided_by, with_scale
 from limbeck.core.diffusion.sampling import Kernel, TokenKernel, ddim
 from limbeck.core.distillation.source import Source, plain
@@ -78,6 +79,10 @@ class Tuning:
         """DDIM with this step's eta, its last step with a density; MDLM's step for tokens."""
         tokens = isinstance(self.reference.process, TokenProcess)
         return TokenKernel() if tokens else ddim(ctx.at(walk.eta), FLOOR)
+
+    def gen(self, ctx: Context) -> Shared:
+        """Draws of the walk's steps: of the whole batch, so that they do not depend on the number of processes."""
+        return Shared(ctx.draws.gen("tuning.walk"), ctx.global_batch, ctx.draws.rows)
 
     def times(self, walk: Walk) -> Tensor:
         """The model's own grid [K+1]."""

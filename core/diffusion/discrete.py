@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from limbeck.core.diffusion.denoiser import Call, Denoiser, Encoded, Features, Network, Output, Prediction, plain_call
+from limbeck.core.diffusion.draws import Generator
+from limbeck.core.diffusion.draws import uniform as uniform_draws
 from limbeck.core.diffusion.process import Process, expand, working_dtype
 
 NEVER = -1e6  # a log-probability that stays finite under products with zero
@@ -32,13 +34,13 @@ def _where(gone: Tensor, ids: Tensor, x0: Tensor, vocab: int) -> Tensor:
     return torch.where(gone[..., None], soft_rows(ids, vocab).to(x0.dtype), x0)
 
 
-def categorical(probs: Tensor, gen: torch.Generator) -> Tensor:
+def categorical(probs: Tensor, gen: Generator) -> Tensor:
     """Exact draws by inverse CDF in float64 from unnormalised probs [..., V]; a zero is never drawn.
 
     Gumbel-max in float32 cannot reach rare tokens: its largest Gumbel is 16.6 (tests/core/test_discrete.py).
     """
     cdf = probs.detach().double().cumsum(-1)
-    u = torch.rand(cdf.shape[:-1], generator=gen, dtype=torch.float64, device=gen.device).to(cdf.device)
+    u = uniform_draws(cdf.shape[:-1], gen).to(cdf.device)
     total = cdf[..., -1:]
     point = torch.minimum(u[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cdf.contiguous(), point, right=True)[..., 0]
@@ -229,7 +231,7 @@ class TokenKernel:
 
     tau: float | None = None
 
-    def propose(self, pred: Prediction, x: Tensor, t: Tensor, s: Tensor, gen: torch.Generator | None) -> Tensor:
+    def propose(self, pred: Prediction, x: Tensor, t: Tensor, s: Tensor, gen: Generator | None) -> Tensor:
         """x_s: ids [B,L], or soft rows [B,L,V+1] when relaxed."""
         process, logp = cast(TokenProcess, pred.process), _logp(pred)
         gen = _needed(gen)
@@ -267,7 +269,7 @@ class FirstHitting:
     A row without masks stays. The times that belong to it are drawn by `hitting_time`; s is not used.
     """
 
-    def propose(self, pred: Prediction, x: Tensor, t: Tensor, s: Tensor, gen: torch.Generator | None) -> Tensor:
+    def propose(self, pred: Prediction, x: Tensor, t: Tensor, s: Tensor, gen: Generator | None) -> Tensor:
         gen, masked = _needed(gen), self._masked(pred, x)
         token = categorical(_logp(pred).exp(), gen)
         where = categorical(torch.where(masked.any(1, keepdim=True), masked, True).double(), gen)
@@ -303,20 +305,20 @@ class FirstHitting:
         return x == cast(TokenProcess, pred.process).vocab
 
 
-def hitting_time(process: MaskProcess, x: Tensor, t: Tensor, gen: torch.Generator) -> Tensor:
+def hitting_time(process: MaskProcess, x: Tensor, t: Tensor, gen: Generator) -> Tensor:
     """The time [B] at which the next of n masks falls: t u^(1/n) (first-hitting sampler); 0 where none is left."""
     n = (x == process.vocab).sum(1).double()
-    u = torch.rand(len(x), generator=gen, dtype=torch.float64, device=gen.device).to(x.device)
+    u = uniform_draws((len(x),), gen).to(x.device)
     return torch.where(n > 0, t.double() * u ** (1 / n.clamp(min=1)), 0.0)
 
 
-def gumbel(like: Tensor, gen: torch.Generator) -> Tensor:
+def gumbel(like: Tensor, gen: Generator) -> Tensor:
     """Standard Gumbel noise in float64."""
-    u = torch.rand(like.shape, generator=gen, dtype=torch.float64, device=gen.device).to(like.device)
+    u = uniform_draws(like.shape, gen).to(like.device)
     return -(-u.clamp_min(math.ulp(0.0)).log()).log()
 
 
-def _needed(gen: torch.Generator | None) -> torch.Generator:
+def _needed(gen: Generator | None) -> Generator:
     if gen is None:
         raise ValueError("this kernel draws; give it a torch.Generator")
     return gen

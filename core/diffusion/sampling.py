@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from limbeck.core.diffusion.denoiser import Denoiser, Encoded, Prediction, index_cond, repeat_cond, rows
 from limbeck.core.diffusion.discrete import FirstHitting, TokenKernel, first_hitting, mask, uniform
+from limbeck.core.diffusion.draws import Generator, normal
 from limbeck.core.diffusion.process import VP, Flow, Process, expand
 from limbeck.core.diffusion.time import times
 
@@ -49,7 +50,7 @@ __all__ = [
 class Kernel(Protocol):
     """One reverse step x_t -> x_s: how to draw it and how likely a drawn one is under any prediction."""
 
-    def propose(self, pred: Prediction, x: Tensor, t: Tensor, s: Tensor, gen: torch.Generator | None) -> Tensor:
+    def propose(self, pred: Prediction, x: Tensor, t: Tensor, s: Tensor, gen: Generator | None) -> Tensor:
         """Draw x_s."""
 
     def log_prob(self, pred: Prediction, x: Tensor, x_s: Tensor, t: Tensor, s: Tensor, reduce: str = "sum") -> Tensor:
@@ -79,7 +80,7 @@ class Solver(Protocol):
         t: Tensor,
         s: Tensor,
         cond: Encoded,
-        gen: torch.Generator | None,
+        gen: Generator | None,
     ) -> Tensor:
         """x_s, given the prediction at (x, t)."""
 
@@ -122,15 +123,14 @@ class GaussianKernel:
     moments: Moments
     noiseless: Callable[[Tensor, Tensor], Tensor]
 
-    def propose(self, pred: Prediction, x: Tensor, t: Tensor, s: Tensor, gen: torch.Generator | None) -> Tensor:
+    def propose(self, pred: Prediction, x: Tensor, t: Tensor, s: Tensor, gen: Generator | None) -> Tensor:
         """mean + std xi; gradient flows through the mean (the draw is reparameterised)."""
         mean, std = self.moments(pred, x, t, s)
         if bool(self.noiseless(t, s).all()):
             return mean
         if gen is None:
             raise ValueError("this kernel draws; give it a torch.Generator")
-        noise = torch.randn(mean.shape, generator=gen, device=gen.device, dtype=mean.dtype)
-        return mean + std * noise.to(mean.device)
+        return mean + std * normal(mean, gen)
 
     def log_prob(self, pred: Prediction, x: Tensor, x_s: Tensor, t: Tensor, s: Tensor, reduce: str = "sum") -> Tensor:
         """-(x_s - mean)^2/(2 std^2) - log std - log(2 pi)/2 over the sample, [B]; x_s should be detached."""
@@ -253,7 +253,7 @@ class Euler:
         t: Tensor,
         s: Tensor,
         cond: Encoded,
-        gen: torch.Generator | None,
+        gen: Generator | None,
     ) -> Tensor:
         return ddim(0.0).propose(pred, x, t, s, None)
 
@@ -273,7 +273,7 @@ class Heun:
         t: Tensor,
         s: Tensor,
         cond: Encoded,
-        gen: torch.Generator | None,
+        gen: Generator | None,
     ) -> Tensor:
         euler_step = ddim(0.0).propose(pred, x, t, s, None)
         last = s <= 0
@@ -312,7 +312,7 @@ class Substeps:
         t: Tensor,
         s: Tensor,
         cond: Encoded,
-        gen: torch.Generator | None,
+        gen: Generator | None,
     ) -> Tensor:
         for i in range(self.n):
             a, b = t + (s - t) * (i / self.n), t + (s - t) * ((i + 1) / self.n)
@@ -386,7 +386,7 @@ def _advance(
     t: Tensor,
     s: Tensor,
     cond: Encoded,
-    gen: torch.Generator | None,
+    gen: Generator | None,
 ) -> tuple[Prediction, Tensor]:
     pred = denoiser.predict(x, t, cond)
     if isinstance(rule, Solver):
@@ -400,7 +400,7 @@ def trajectory(
     x: Tensor,
     times: Tensor,
     cond: Encoded | None = None,
-    gen: torch.Generator | None = None,
+    gen: Generator | None = None,
     grad_last: int = 0,
     remat: bool = True,
     on_step: OnStep | None = None,
@@ -447,7 +447,7 @@ def sample(
     noise: Tensor,
     times: Tensor,
     kernel: Kernel | Solver,
-    gen: torch.Generator | None = None,
+    gen: Generator | None = None,
     cond: Encoded | None = None,
 ) -> Tensor:
     """The end of a trajectory from pure noise, without gradient."""

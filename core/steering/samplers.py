@@ -227,5 +227,3 @@ def in_parts(sampler: Sampler, prompts: list[str], seed: int, chunk: int) -> Dra
     start = [part.noise for part in parts if part.noise is not None]
     x, reward = torch.cat([part.x for part in parts]), torch.cat([part.reward for part in parts])
     return Drawn(x, reward, parts[0].calls, torch.cat(start) if start else None)
-
-
