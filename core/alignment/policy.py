@@ -86,6 +86,7 @@ class Learning:
     loss: Callable[[Context, Trajectories], Terms]
     reduce: str = "sum"  # over dimensions, of a log-probability
     stats: PromptStats | None = None
+    compares: bool = True  # whether the loss reads the reference; else it is asked for the log's KL alone
     players: dict[str, object] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -104,8 +105,10 @@ class Learning:
         x, cond, raw = tuning.begin(ctx, walk, self.config.per_prompt)
         kernel, gen = tuning.kernel(ctx, walk), tuning.gen(ctx)
         rollout, sums = roll(self.policy(ctx), kernel, x, tuning.times(walk), cond, gen)
-        reference = rollout.log_prob(tuning.guided(ctx, tuning.reference, walk))
-        ctx.log("kl", (sums - reference).sum(0).mean())
+        reference = sums
+        if self.compares or tuning.judge.due(ctx):
+            reference = rollout.log_prob(tuning.guided(ctx, tuning.reference, walk))
+            ctx.log("kl", (sums - reference).sum(0).mean())
         size = rollout.x[0].numel() if self.reduce == "mean" else 1
         reward = tuning.score(ctx, rollout.x, raw)
         return Trajectories(rollout, sums / size, reference / size, reward, raw["prompt"])
@@ -145,7 +148,7 @@ def build_ddpo(config: settings.Ddpo, build: Build) -> Learning:
         advantage = whole[ctx.draws.rows].clamp(-limit, limit)
         return {"policy": losses.ppo(made.log_prob(ctx, found), found.old, advantage, ctx.at(config.clip))}
 
-    made = Learning(Tuning.of(config, config.optim, build), config, loss, "mean", stats)
+    made = Learning(Tuning.of(config, config.optim, build), config, loss, "mean", stats, compares=False)
     return made
 
 
@@ -202,6 +205,6 @@ def build_rwr(config: settings.Rwr, build: Build) -> Learning:
         errors = regression.errors(ctx, "rwr", found.rollout.x, found.rollout.cond)
         return {"policy": losses.weighted_regression(errors, found.reward, ctx.at(config.temperature))}
 
-    made = Learning(Tuning.of(config, config.optim, build), config, loss)
+    made = Learning(Tuning.of(config, config.optim, build), config, loss, compares=False)
     regression = Regression(made.tuning.student, Denoising(dropout=0.1), made.tuning.source.null)
     return made

@@ -155,12 +155,16 @@ class Retrieval(Config):
 
 
 class Matches(Config):
-    """How many pictures are shown with the captions found for them."""
+    """How many pictures are shown with the ranks of their captions."""
 
     count: Annotated[int, Field(ge=1, le=320)] = 32
 
 
 class TextReward(Config):
-    """How well a picture fits its prompt: a cosine of the embedded tower `a`, or of `b`, the judge of another net."""
+    """How well a picture fits its prompt: a cosine of the embedded tower `a`, or of `b`, the judge of another net.
+
+    Real pictures with their own caption, mean and deviation: a .26 and .14 where the caption was trained on, .14 and
+    .12 where it was not; b .16 and .11, .10 and .10. With a wrong caption: 0 and .08, both.
+    """
 
     model: Literal["a", "b"] = "a"
