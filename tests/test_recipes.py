@@ -16,7 +16,11 @@ from limbeck.core.run.errors import BadInput
 from limbeck.domains.image import models
 
 COMMON = ["steps=20", "checkpoint.every=10", "checkpoint.keep=5", "sample.every=1000", "eval=[]"]
-RECIPES = [name for name in recipes.names() if name.split("/")[0] in ("image", "toy") and name != "image/table"]
+EMBEDDED = [name for name in recipes.names() if name.split("/")[0] in ("image", "toy")]
+JOBS = {name: recipes.source(name).data.get("job", "train") for name in EMBEDDED}
+SAMPLING = [name for name in EMBEDDED if JOBS[name] == "sample" or recipes.source(name).data.get("sampler")]
+REFUSED = "image/draft-compressibility"
+RECIPES = [name for name in EMBEDDED if JOBS[name] == "train" and name not in (*SAMPLING, REFUSED)]
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +35,8 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def overrides(name: str, teacher: Path) -> list[str]:
     """What makes a recipe tiny."""
+    if name == "toy/words":
+        return [*COMMON, "batch=8", "stages.0.losses.0.walk.steps=3"]
     if name.startswith("toy/"):
         return [*COMMON, "batch=8", "stages.0.losses.0.critic.warm=3"]
     if name.startswith("image/reward-clip"):
@@ -38,6 +44,8 @@ def overrides(name: str, teacher: Path) -> list[str]:
     sets = [*COMMON, "batch=2", "space.steps=1", "sample.prompts=[red apple]"]
     if name == "image/teacher":
         return [*sets, "teacher.channels=[32, 32]", "stages.0.steps=5"]
+    if "walk" in recipes.source(name).data["stages"][0]["losses"][0]:
+        sets = [*sets, "batch=4", "student.steps=1", "stages.0.losses.0.walk.steps=3"]
     return [*sets, f"teacher.model={teacher}"]
 
 
@@ -75,10 +83,41 @@ def test_ten_and_ten_are_twenty(name: str, tiny_teacher: Path, tmp_path: Path) -
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     recipe = recipes.load(name, overrides(name, tiny_teacher))
     assert job.run(recipe, whole, device="cpu", quiet=True) == 0
-    assert (whole / "report.html").stat().st_size > 1000 and list((whole / "samples").iterdir())
+    assert (whole / "report.html").stat().st_size > 1000
+    assert recipe.space is None or list((whole / "samples").iterdir())
     cut(whole, halves)
     assert job.run(recipe, halves, device="cpu", resume=True, quiet=True) == 0
     assert_same(whole, halves)
+
+
+def steered(name: str, teacher: Path, student: Path) -> list[str]:
+    """What makes a sampling recipe tiny."""
+    own = [f"student.of={student}"] if recipes.source(name).data.get("student") else []
+    short = [
+        f"eval.0.samplers.{i}.{'steps' if kind == 'reno' else 'walk.steps'}={2 if kind == 'reno' else 3}"
+        for i, kind in enumerate(one["kind"] for one in recipes.source(name).data["eval"][0]["samplers"])
+    ]
+    walk = ["sampler.steps=2"] if "reno" in name else ["sampler.walk.steps=3"]
+    return [*own, *short, *walk, "eval.0.count=2", "sample.prompts=[red apple, bus]", f"teacher.model={teacher}"]
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_a_steered_recipe_draws_and_compares(name: str, tiny_teacher: Path, tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    assert job.run(recipes.load("image/demo", [*overrides("image/demo", tiny_teacher), "steps=1"]), student) == 0
+    folder = tmp_path / "steered"
+    assert job.run(recipes.load(name, steered(name, tiny_teacher, student)), folder, device="cpu", quiet=True) == 0
+    assert len(list((folder / "samples").glob("0*.png"))) == 2 and (folder / "samples" / "samplers.png").exists()
+    lines = json.loads((folder / "eval.json").read_text())["samplers"]
+    assert [line["reward: gain"] for line in lines][0] == 0.0 and all(line["calls"] > 0 for line in lines)
+
+
+def test_a_reward_without_a_gradient_is_refused_by_the_methods_that_follow_one(
+    tmp_path: Path, tiny_teacher: Path
+) -> None:
+    recipe = recipes.load(REFUSED, [f"teacher.model={tiny_teacher}", "sample.prompts=[]"])
+    with pytest.raises(BadInput, match="draft follows the gradient .* image.compressibility has none; use ddpo"):
+        job.run(recipe, tmp_path / "run", device="cpu", quiet=True)
 
 
 def test_a_table_cut_in_a_row_ends_as_the_whole_one(tiny_teacher: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from limbeck.core.run.config import OptimConfig
+from limbeck.core.run.recipe import Reward
 
 Size = Annotated[int, Field(ge=8, le=4096)]
 Times = Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1, max_length=64)]
@@ -98,6 +99,18 @@ class Compressibility(Config):
 
     quality: Annotated[int, Field(ge=1, le=100)] = 95
     large: bool = False
+
+
+class Views(Config):
+    """A reward of pictures as the mean over shifted, blurred and noisy views of each.
+
+    Gradients through one clean view find patterns that please this one net; those that please all views mean more.
+    """
+
+    of: Reward
+    count: Annotated[int, Field(ge=1, le=64)] = 4
+    shift: Annotated[float, Field(ge=0, lt=0.5)] = 0.1  # of the side, at most
+    noise: Annotated[float, Field(ge=0)] = 0.1  # standard deviation, pictures being in [-1,1]
 
 
 class Colourfulness(Config):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from limbeck.core.rewards.base import Condition, Reward
+from limbeck.core.rewards.base import Condition, Reward, as_reward
 from limbeck.core.run.build import Build
-from limbeck.domains.image.config import Colourfulness, Compressibility
+from limbeck.core.run.rng import generator
+from limbeck.domains.image.config import Colourfulness, Compressibility, Views
 from limbeck.domains.image.space import to_pictures
 
 
@@ -53,3 +56,26 @@ def colourful(config: Colourfulness, build: Build) -> Reward:
         return colourfulness(x.float()) / 100
 
     return Reward(score, "colourfulness", "pixels", differentiable=True)
+
+
+def views(config: Views, build: Build) -> Reward:
+    """The mean of a reward over random views; evaluations without a generator see the same views each time."""
+    inner = as_reward(build.part("reward", config.of), config.of.kind)
+
+    def score(x: Tensor, cond: Condition, *, t: Tensor | None, gen: torch.Generator | None) -> Tensor:
+        draws = gen or generator(0, "image.views", 0)
+        found = [inner(view(x, config.shift, config.noise, draws), cond, gen=gen) for _ in range(config.count)]
+        return torch.stack(found).mean(0)
+
+    return replace(inner, score=score, name=f"views of {inner.name}")
+
+
+def view(x: Tensor, shift: float, noise: float, gen: torch.Generator) -> Tensor:
+    """Pictures [B,3,H,W], each shifted by up to `shift` of its side (edges repeat), half of them blurred, all noisy."""
+    reach, (height, width) = round(shift * x.shape[-1]), x.shape[-2:]
+    places = torch.randint(0, 2 * reach + 1, (len(x), 2), generator=gen).tolist()
+    wide = F.pad(x, (reach,) * 4, mode="replicate")
+    moved = torch.stack([w[:, i : i + height, j : j + width] for w, (i, j) in zip(wide, places, strict=True)])
+    soft = F.avg_pool2d(F.pad(moved, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    blurred = torch.rand(len(x), 1, 1, 1, generator=gen).to(x) < 0.5
+    return torch.where(blurred, soft, moved) + noise * torch.randn(x.shape, generator=gen).to(x)
