@@ -18,9 +18,10 @@ from limbeck.domains.image import models
 COMMON = ["steps=20", "checkpoint.every=10", "checkpoint.keep=5", "sample.every=1000", "eval=[]"]
 EMBEDDED = [name for name in recipes.names() if name.split("/")[0] in ("image", "toy")]
 JOBS = {name: recipes.source(name).data.get("job", "train") for name in EMBEDDED}
-SAMPLING = [name for name in EMBEDDED if JOBS[name] == "sample" or recipes.source(name).data.get("sampler")]
+SAMPLING = [name for name in EMBEDDED if JOBS[name] == "sample"]
 REFUSED = "image/draft-compressibility"
-RECIPES = [name for name in EMBEDDED if JOBS[name] == "train" and name not in (*SAMPLING, REFUSED)]
+PAIRS = "image/diffusion-dpo"  # needs a file: tests/alignment/test_preference.py
+RECIPES = [name for name in EMBEDDED if JOBS[name] == "train" and name not in (REFUSED, PAIRS)]
 
 
 @pytest.fixture(scope="session")

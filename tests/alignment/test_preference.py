@@ -25,7 +25,7 @@ from limbeck.core.run.context import Context
 from limbeck.core.run.distributed import Team
 from limbeck.core.run.errors import BadInput
 from limbeck.core.run.players import Player
-from limbeck.core.run.recipe import Recipe, of
+from limbeck.core.run.recipe import Recipe, load
 from limbeck.core.run.rng import Draws, generator
 from limbeck.core.run.trainer import Trainer
 from limbeck.domains.image import models
@@ -140,14 +140,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(pictures: Path, *sets: str) -> Recipe:
-    data = {
-        "name": "dpo", "steps": 12, "batch": 4, "checkpoint": {"every": 6}, "log": {"every": 1},
-        "teacher": {"kind": "image.teacher", "model": str(pictures / "tiny")}, "student": {"kind": "image.few_step"},
-        "data": {"kind": "preferences", "path": str(pictures / "pairs.parquet"), "held_out": 0},
-        "space": {"kind": "image.pictures", "steps": 1},
-        "stages": [{"name": "main", "losses": [{"kind": "diffusion-dpo", "optim": {"lr": 1e-3, "warmup": 0}}]}],
-    }  # fmt: skip
-    return of(data, sets)
+    """image/diffusion-dpo made tiny, on these pairs."""
+    tiny = ["steps=12", "batch=4", "checkpoint.every=6", "log.every=1", "space.steps=1", "sample.prompts=[red apple]"]
+    tiny += [f"teacher.model={pictures / 'tiny'}", f"data.path={pictures / 'pairs.parquet'}", "data.held_out=0"]
+    tiny += ["student.steps=1", "stages.0.losses.0.optim.lr=1e-3", "stages.0.losses.0.optim.warmup=0"]
+    return load("image/diffusion-dpo", [*tiny, *sets])
 
 
 def rows(folder: Path) -> list[dict[str, float]]:
