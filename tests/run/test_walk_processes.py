@@ -29,15 +29,7 @@ def test_words_tuned_by_two_processes_end_as_by_one(tmp_path: Path, child_env) -
         flags = ["steps=2", "batch=8", "checkpoint.every=2", "eval=[]", "stages.0.losses.0.walk.steps=4"]
         sets = [part for flag in flags for part in ("--set", flag)]
         command = [sys.executable, "-m", "limbeck", "run", "toy/words", "--processes", str(processes)]
-        command += [
-            "--device",
-            "cpu",
-            "--out",
-            str(tmp_path),
-            "--name",
-            name,
-            *(p for f in flags for p in ("--set", f)),
-        ]
+        command += ["--device", "cpu", "--out", str(tmp_path), "--name", name, *sets]
         done = subprocess.run(command, env=child_env, capture_output=True, text=True, timeout=100)
         assert done.returncode == 0, done.stderr[-2000:]
         ends.append(checkpoint.latest(tmp_path / name / "checkpoints").tensors)
