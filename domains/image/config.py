@@ -23,6 +23,7 @@ class Fluent(Config):
     size: Literal[32, 64] = 32
     vary: Annotated[float, Field(ge=0, le=1)] = 1.0  # of scale, shift and mirror; 0: pictures stay as they are
     captions: Literal["name", "mixed"] = "mixed"  # "mixed": a third at the level of the group or a keyword
+    names: Annotated[int, Field(ge=1, le=256)] | None = None  # only so many of the evaluation names; null: all pictures
 
 
 class Noto(Config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from limbeck.core.diffusion.denoiser import Model
 from limbeck.core.run.build import Batch, Build
@@ -18,15 +19,21 @@ class FluentPieces:
     def __init__(self, config: settings.Fluent) -> None:
         self.captions, self.vary = config.captions, config.vary
         self.set = FluentData(config.size)
+        chosen = self.set.eval_names[: config.names] if config.names else self.set.names
+        self.among = torch.tensor([self.set.index[name] for name in chosen])
+
+    def drawn(self, n: int, gen: torch.Generator) -> Tensor:
+        """Numbers [n] of uniformly drawn pictures."""
+        return self.among[torch.randint(len(self.among), (n,), generator=gen)]
 
     def batch(self, n: int, gen: torch.Generator, rows: slice) -> Batch:
         """x [b,3,H,W] in [-1,1] and captions: rows of a batch of n (all are drawn: placing a picture costs .1 ms)."""
-        x, texts, _ = self.set.batch(n, gen, self.captions, self.vary)
+        x, texts, _ = self.set.batch(self.drawn(n, gen), gen, self.captions, self.vary)
         return Batch(x[rows], texts[rows])
 
     def prompts(self, n: int, gen: torch.Generator, rows: slice = slice(None)) -> list[str]:
         """Captions without pictures."""
-        return self.set.prompts(n, gen, self.captions)[rows]
+        return self.set.caption(self.drawn(n, gen), gen, self.captions)[rows]
 
 
 def data(config: settings.Fluent, build: Build) -> FluentPieces:

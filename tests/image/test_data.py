@@ -299,3 +299,16 @@ def test_teacher_folder_round_trip(tmp_path: Path) -> None:
     assert {p.name for p in (tmp_path / "unet").iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
     with pytest.raises(BadInput, match=r"limbeck\.json"):
         models.load_teacher(tmp_path / "unet")
+
+
+def test_a_recipe_may_draw_a_few_names_alone() -> None:
+    from limbeck.domains.image.config import Fluent
+    from limbeck.domains.image.slots import FluentPieces
+
+    few = FluentPieces(Fluent(names=3, captions="name"))
+    gen = torch.Generator().manual_seed(0)
+    assert set(few.prompts(64, gen)) == set(few.set.eval_names[:3])
+    assert set(few.batch(64, gen, slice(0, 64)).prompts) == set(few.set.eval_names[:3])
+    whole = FluentPieces(Fluent())
+    again = [torch.Generator().manual_seed(1) for _ in range(2)]
+    assert whole.prompts(64, again[0]) == whole.set.prompts(64, again[1])
