@@ -88,10 +88,11 @@ def backpropagate(tuning: Tuning, config: Gradient, ctx: Context) -> Terms:
 
 
 def _divergence(tuning: Tuning, ctx: Context, config: Gradient, step: Step, cond: Encoded) -> Tensor:
-    """The mean KL of one step from the reference's, in nats; a step without noise is measured as if eta were 1."""
+    """The mean KL of one step from the reference's, in nats; a step without noise is measured as if eta were 1
+    and its deviation at least .01."""
     with torch.no_grad():
         fixed = tuning.guided(ctx, tuning.reference, config.walk).predict(step.x.detach(), step.t, cond)
-    kernel = tuning.kernel(ctx, settings.Walk())
+    kernel = tuning.kernel(ctx, settings.Walk(floor=0.01))
     return kernel.kl(step.pred, fixed, step.x.detach(), step.t, step.s).mean()
 
 

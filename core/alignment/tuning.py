@@ -21,8 +21,6 @@ from limbeck.core.run.context import Context
 from limbeck.core.run.errors import BadInput
 from limbeck.core.run.players import Player
 
-FLOOR = 0.01  # least deviation of a step, so that the last one has a density
-
 
 @dataclass
 class Tuning:
@@ -76,9 +74,12 @@ class Tuning:
         return guided_by(denoiser, self.source.null, ctx.at(walk.guidance))
 
     def kernel(self, ctx: Context, walk: Walk) -> Kernel:
-        """DDIM with this step's eta, its last step with a density; MDLM's step for tokens."""
+        """DDIM with this step's eta and floor; MDLM's step for tokens.
+
+        A floor gives the last step a density whose gradient, one over a tiny deviation, drowns all others' on pictures.
+        """
         tokens = isinstance(self.reference.process, TokenProcess)
-        return TokenKernel() if tokens else ddim(ctx.at(walk.eta), FLOOR)
+        return TokenKernel() if tokens else ddim(ctx.at(walk.eta), ctx.at(walk.floor))
 
     def gen(self, ctx: Context) -> Shared:
         """Draws of the walk's steps: of the whole batch, so that they do not depend on the number of processes."""

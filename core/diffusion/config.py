@@ -125,4 +125,5 @@ class Walk(BaseModel):
 
     steps: Annotated[int, Field(ge=1)] = 20
     eta: Time = 1.0
+    floor: Time = 0.0  # least deviation of a step; 0: the last one has none, so policy methods do not learn from it
     guidance: Annotated[Scheduled, AfterValidator(within(0))] = 3.0

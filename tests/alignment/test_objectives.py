@@ -24,7 +24,7 @@ from limbeck.core.run.rng import Draws
 from limbeck.core.run.trainer import Trainer
 
 CPU = torch.device("cpu")
-WALK = config.Walk(steps=20, guidance=1.0)
+WALK = config.Walk(steps=20, guidance=1.0, floor=0.01)  # the card's line
 OPTIM = OptimConfig(kind="adam", lr=0.05, clip=None)
 
 
@@ -119,6 +119,13 @@ def test_the_first_ratio_is_one_and_the_reference_is_what_the_student_was() -> N
     found = made.collect(context())
     assert torch.allclose(made.log_prob(context(), found), found.old, atol=1e-10)
     assert torch.allclose(found.old, found.reference, atol=1e-10) and not found.old.requires_grad
+
+
+def test_the_last_step_is_left_out_unless_it_has_a_floor() -> None:
+    made = objective("ddpo")
+    assert len(made.collect(context()).old) == 20
+    made.config = made.config.model_copy(update={"walk": config.Walk(steps=20, guidance=1.0)})
+    assert made.collect(context(1)).rollout.usable == tuple(range(19))
 
 
 def test_pairs_rank_neighbours_and_drop_ties() -> None:
