@@ -113,6 +113,12 @@ def test_a_steered_recipe_draws_and_compares(name: str, tiny_teacher: Path, tmp_
     assert [line["reward: gain"] for line in lines][0] == 0.0 and all(line["calls"] > 0 for line in lines)
 
 
+def test_a_students_run_must_be_there(tmp_path: Path, tiny_teacher: Path) -> None:
+    recipe = recipes.load("image/reno", [f"teacher.model={tiny_teacher}", f"student.of={tmp_path / 'none'}"])
+    with pytest.raises(BadInput, match="none is no run folder; train a student first and name its folder"):
+        job.run(recipe, tmp_path / "run", device="cpu", quiet=True)
+
+
 def test_a_reward_without_a_gradient_is_refused_by_the_methods_that_follow_one(
     tmp_path: Path, tiny_teacher: Path
 ) -> None:

@@ -79,6 +79,8 @@ def open_run(folder: Path, device: str | None = None) -> Build:
 
 def student_of(config: StudentOf, build: Build) -> Any:
     """Factory of the student `run`: the student of another run, with the weights that it ended with."""
+    if not (Path(config.of) / "recipe.yaml").is_file():
+        raise BadInput(f"student.of: {config.of} is no run folder; train a student first and name its folder")
     return open_run(Path(config.of), str(build.device)).piece("student")
 
 
