@@ -45,7 +45,10 @@ def overrides(name: str, teacher: Path) -> list[str]:
     sets = [*COMMON, "batch=2", "space.steps=1", "sample.prompts=[red apple]"]
     if name == "image/teacher":
         return [*sets, "teacher.channels=[32, 32]", "stages.0.steps=5"]
-    if "walk" in recipes.source(name).data["stages"][0]["losses"][0]:
+    loss = recipes.source(name).data["stages"][0]["losses"][0]
+    if "per_prompt" in loss:
+        sets = [*sets, "stages.0.losses.0.per_prompt=2"]
+    if "walk" in loss:
         sets = [*sets, "batch=4", "student.steps=1", "stages.0.losses.0.walk.steps=3"]
     return [*sets, f"teacher.model={teacher}"]
 

@@ -246,9 +246,8 @@ def test_build(packages: dict[str, Path], tmp_path: Path, size: int, monkeypatch
     rows = json.loads((out / "captions.json").read_text())["pictures"]
     assert [(r["codepoints"], r["name"]) for r in rows] == [("2764", "red heart"), ("1f415", "dog")]
     assert rows[1]["keywords"] == ["animal", "best friend"] and rows[0]["keywords"] == ["love"]
-    monkeypatch.setattr(data, "FOLDER", out)
     monkeypatch.setattr(data, "captions_file", lambda: {"pictures": rows})
-    rgba = data.load_sheet(size)
+    rgba = data.load_sheet(size, out)
     middle = size // 2
     assert rgba.shape == (2, 4, size, size)
     assert rgba[0, :, middle, middle].tolist() == [255, 0, 0, 255]
