@@ -8,10 +8,9 @@ from torch import Tensor
 
 from limbeck.core.alignment.config import Config, Walk
 from limbeck.core.diffusion.denoiser import Denoiser, Encoded
-from limbeck.core.diffusion.discrete import TokenProcess
 from limbeck.core.diffusion.draws import Shared
 from limbeck.core.diffusion.guidance import guided_by, with_scale
-from limbeck.core.diffusion.sampling import Kernel, TokenKernel, ddim
+from limbeck.core.diffusion.sampling import Kernel, usual
 from limbeck.core.distillation.source import Source, plain
 from limbeck.core.rewards.base import Condition
 from limbeck.core.rewards.panel import Judge, Panel
@@ -59,27 +58,20 @@ class Tuning:
         model = self.source.model
         prompts = [p for p in self.source.prompts(ctx, per_prompt) for _ in range(per_prompt)]
         cond = with_scale(model.encode(prompts), ctx.at(walk.guidance))
-        return self._first(ctx, walk), cond, {"prompt": prompts}
-
-    def _first(self, ctx: Context, walk: Walk) -> Tensor:
-        process, shape = self.reference.process, tuple(self.source.model.shape)
-        if isinstance(process, TokenProcess):
-            whole = process.initial(ctx.global_batch, shape[0], ctx.draws.gen("tuning.noise"))
-            return whole[ctx.draws.rows].to(ctx.device)
-        noise = ctx.draws.normal("tuning.noise", shape)
-        return process.start(noise, self.times(walk)[0].expand(len(noise)).to(noise.device))
+        noise = ctx.draws.normal("tuning.noise", tuple(model.shape))
+        t = self.times(walk)[0].expand(len(noise)).to(noise.device)
+        return model.begin(noise, t, cond), cond, {"prompt": prompts}
 
     def guided(self, ctx: Context, denoiser: Denoiser, walk: Walk) -> Denoiser:
         """Classifier-free guidance at this step's scale; both branches carry a gradient."""
         return guided_by(denoiser, self.source.null, ctx.at(walk.guidance))
 
     def kernel(self, ctx: Context, walk: Walk) -> Kernel:
-        """DDIM with this step's eta and floor; MDLM's step for tokens.
+        """The model's usual one, DDIM with this step's eta and floor.
 
         A floor gives the last step a density whose gradient, one over a tiny deviation, drowns all others' on pictures.
         """
-        tokens = isinstance(self.reference.process, TokenProcess)
-        return TokenKernel() if tokens else ddim(ctx.at(walk.eta), ctx.at(walk.floor))
+        return usual(self.source.model, ctx.at(walk.eta), ctx.at(walk.floor))
 
     def gen(self, ctx: Context) -> Shared:
         """Draws of the walk's steps: of the whole batch, so that they do not depend on the number of processes."""

@@ -18,6 +18,9 @@ class Codec(Protocol):
     def decode(self, z: Tensor) -> Tensor:
         """Latents to pixels."""
 
+    def read(self, z: Tensor, space: str) -> Tensor:
+        """Latents in another space: what a reward that names it is shown."""
+
 
 class Identity:
     """Models that work on the samples themselves."""
@@ -26,6 +29,9 @@ class Identity:
         return x
 
     def decode(self, z: Tensor) -> Tensor:
+        return z
+
+    def read(self, z: Tensor, space: str) -> Tensor:
         return z
 
 
@@ -54,6 +60,10 @@ class Autoencoder(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Scaled latents to pixels [B,C,…], with gradient."""
         return self._chunked(self._decode, z)
+
+    def read(self, z: Tensor, space: str) -> Tensor:
+        """Pixels, whatever they are called."""
+        return self.decode(z)
 
     def _encode(self, x: Tensor, gen: torch.Generator | None) -> Tensor:
         posterior = self.vae.encode(x.to(self._dtype())).latent_dist  # type: ignore[operator]

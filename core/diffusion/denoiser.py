@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from limbeck.core.diffusion.codec import Codec
 from limbeck.core.diffusion.process import EDM, VP, Process, convert
 from limbeck.core.diffusion.time import times
+
+if TYPE_CHECKING:
+    from limbeck.core.diffusion.sampling import Kernel
 
 Encoded = dict[str, Tensor]
 Features = list[Tensor]
@@ -340,6 +343,12 @@ class Model:
     encode: Callable[[list[str]], Encoded]
     name: str
     uncond: str = ""
+    place: Callable[[Tensor, Encoded], Tensor] = lambda x, cond: x  # writes what the condition fixes into a first state
+    kernel: Kernel | None = None  # the one that its walks must take; None: the usual one of its process
+
+    def begin(self, noise: Tensor, t: Tensor, cond: Encoded) -> Tensor:
+        """The first state x_t [B,*S] of a walk, for standard normal noise [B,*S] and the encoded condition."""
+        return self.place(self.denoiser.process.start(noise, t), cond)
 
     def grid(self, steps: int) -> Tensor:
         """The falling times t_0 > ... > t_steps of the model's own sampler, float32; uniform in t unless it says so."""

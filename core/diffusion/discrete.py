@@ -75,6 +75,10 @@ class MaskProcess(Process):
         """The state at t = 1: all masks [B,L]."""
         return torch.full((batch, length), self.vocab)
 
+    def start(self, z: Tensor, t: Tensor) -> Tensor:
+        """All masks [B,L] for pure noise z [B,L]; ids as they are."""
+        return torch.full(z.shape, self.vocab, device=z.device) if z.is_floating_point() else z
+
     def likelihood(self, x: Tensor, t: Tensor) -> Tensor:
         """q(x_t | x0 = v) [B,L,V] up to a factor per position (which cancels); free of t."""
         rows = soft_rows(x, self.vocab)
@@ -130,6 +134,12 @@ class UniformProcess(Process):
         if gen is None:
             raise ValueError("the uniform process starts from random tokens; give a generator")
         return torch.randint(self.vocab, (batch, length), generator=gen, device=gen.device)
+
+    def start(self, z: Tensor, t: Tensor) -> Tensor:
+        """Even tokens [B,L] for standard normal noise z [B,L]; ids as they are."""
+        if not z.is_floating_point():
+            return z
+        return (torch.special.ndtr(z.double()) * self.vocab).long().clamp(max=self.vocab - 1)
 
     def likelihood(self, x: Tensor, t: Tensor) -> Tensor:
         """q(x_t | x0 = v) [B,L,V]."""

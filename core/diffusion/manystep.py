@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from limbeck.core.diffusion.denoiser import Denoiser, Encoded, Model, Prediction, Sample
+from limbeck.core.diffusion.denoiser import Denoiser, Encoded, Model, Prediction, Sample, repeat_cond
+from limbeck.core.diffusion.discrete import TokenProcess
+from limbeck.core.diffusion.draws import Given
 from limbeck.core.diffusion.guidance import guided_by, with_scale
-from limbeck.core.diffusion.sampling import ddim
-from limbeck.core.diffusion.sampling import sample as walk
+from limbeck.core.diffusion.sampling import FirstHitting, trajectory, usual
 
 
 class ManyStep(nn.Module):
-    """Deterministic DDIM on the model's own grid, at a guidance scale; only `denoiser` is trained.
+    """The model's usual walk on its own grid (DDIM without noise; MDLM's for tokens); only `denoiser` is trained.
 
     The same class around the teacher's denoiser is what the student was before training.
     """
-
-    draws = 1  # noises that one sample takes
 
     def __init__(self, model: Model, denoiser: Denoiser, steps: int, guidance: float) -> None:
         super().__init__()
         self.denoiser, self.steps, self.guidance = denoiser, steps, guidance
         self._model = [model]  # not a submodule: its weights are not the student's
+
+    @property
+    def draws(self) -> int:
+        """Noises that one sample takes: for tokens those of every step too."""
+        if not isinstance(self.denoiser.process, TokenProcess):
+            return 1
+        each = 2 if isinstance(usual(self.model), FirstHitting) else 1
+        return 1 + each * (len(self.model.grid(self.steps)) - 1)
 
     @property
     def model(self) -> Model:
@@ -44,5 +52,10 @@ class ManyStep(nn.Module):
     def sample(self, noise: Tensor, cond: Encoded, renoise: list[Tensor] | None = None) -> Sample:
         """x [B,*S] from standard normal noise, without gradient (objectives walk by themselves)."""
         walker = guided_by(self.denoiser, self.model.encode([self.model.uncond]), self.guidance)
-        times = self.model.grid(self.steps)
-        return Sample(walk(walker, noise, times, ddim(), cond=with_scale(cond, self.guidance)), cond)
+        times, cond = self.model.grid(self.steps), repeat_cond(cond, len(noise))
+        x = self.model.begin(noise, times[0].expand(len(noise)).to(noise.device), cond)
+        gen = Given(renoise) if renoise else None
+        with torch.no_grad():
+            for step in trajectory(walker, usual(self.model), x, times, with_scale(cond, self.guidance), gen):
+                x = step.x_next
+        return Sample(x, cond)

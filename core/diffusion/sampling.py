@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from limbeck.core.diffusion.denoiser import Denoiser, Encoded, Prediction, index_cond, repeat_cond, rows
-from limbeck.core.diffusion.discrete import FirstHitting, TokenKernel, first_hitting, mask, uniform
+from limbeck.core.diffusion.denoiser import Denoiser, Encoded, Model, Prediction, index_cond, repeat_cond, rows
+from limbeck.core.diffusion.discrete import FirstHitting, TokenKernel, TokenProcess, first_hitting, mask, uniform
 from limbeck.core.diffusion.draws import Generator, normal
 from limbeck.core.diffusion.process import VP, Flow, Process, expand
 from limbeck.core.diffusion.time import times
@@ -44,6 +44,7 @@ __all__ = [
     "trajectory",
     "travel",
     "uniform",
+    "usual",
 ]
 
 
@@ -188,6 +189,13 @@ def ddim(eta: float = 0.0, floor: float = 0.0) -> GaussianKernel:
     if eta == 0:
         return GaussianKernel(moments, _always)
     return GaussianKernel(moments, lambda t, s: (s >= t) | ((s <= 0) & (floor == 0)))
+
+
+def usual(model: Model, eta: float = 0.0, floor: float = 0.0) -> Kernel:
+    """The kernel of a model's walks: its own, else MDLM's step for tokens and DDIM for the rest."""
+    if model.kernel is not None:
+        return model.kernel
+    return TokenKernel() if isinstance(model.denoiser.process, TokenProcess) else ddim(eta, floor)
 
 
 def ancestral() -> GaussianKernel:

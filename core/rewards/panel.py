@@ -44,9 +44,11 @@ class Panel:
         return self
 
     def each(self, x: Tensor, cond: Condition, gen: torch.Generator | None = None) -> list[Tensor]:
-        """Every part's values [B] on samples x [B,*S] of the model's own space; pixels are decoded once."""
-        decoded = {reward.space for reward, _ in self.parts} - {"latent"}
-        seen = {"latent": x} | (dict.fromkeys(decoded, self.codec.decode(x)) if decoded else {})
+        """Every part's values [B] on samples x [B,*S] of the model's own space; each other space is read once."""
+        named = sorted({reward.space for reward, _ in self.parts} - {"latent", "any"})
+        seen = {"latent": x} | {space: self.codec.read(x, space) for space in named}
+        if any(reward.space == "any" for reward, _ in self.parts):
+            seen["any"] = seen[named[0]] if named else self.codec.read(x, "any")
         return [reward(seen[reward.space], cond, gen=gen) for reward, _ in self.parts]
 
     def total(self, ctx: Context, x: Tensor, cond: Condition, gen: torch.Generator | None = None) -> Tensor:

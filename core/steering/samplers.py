@@ -11,9 +11,8 @@ from torch import Tensor
 
 from limbeck.core.diffusion.config import Walk
 from limbeck.core.diffusion.denoiser import Denoiser, Encoded, Model
-from limbeck.core.diffusion.discrete import TokenKernel, TokenProcess
 from limbeck.core.diffusion.guidance import guided_by, with_scale
-from limbeck.core.diffusion.sampling import Kernel, ddim, trajectory
+from limbeck.core.diffusion.sampling import Kernel, trajectory, usual
 from limbeck.core.rewards.base import Condition
 from limbeck.core.rewards.panel import Panel
 from limbeck.core.run.build import Build
@@ -80,8 +79,8 @@ class Bench:
 
     @property
     def kernel(self) -> Kernel:
-        """MDLM's step for tokens, DDIM with the walk's eta for the rest."""
-        return TokenKernel() if isinstance(self.inner.process, TokenProcess) else ddim(at(self.walk.eta, 0))
+        """The model's usual one, DDIM with the walk's eta."""
+        return usual(self.model, at(self.walk.eta, 0))
 
     @property
     def times(self) -> Tensor:
@@ -91,17 +90,14 @@ class Bench:
     def start(self, prompts: list[str], n: int, seed: int) -> Start:
         """The first of each prompt's N samples begins the same whatever N is: comparisons are paired."""
         many = [prompt for prompt in prompts for _ in range(n)]
-        gen, process = generator(seed, "steering.walk", 0), self.inner.process
+        gen = generator(seed, "steering.walk", 0)
         cond = with_scale(self.model.encode(many), self.scale)
-        if isinstance(process, TokenProcess):
-            x = process.initial(len(many), self.model.shape[0], generator(seed, "steering.noise", 0))
-        else:
-            shape = (len(prompts), *self.model.shape)
-            drawn = [torch.randn(shape, generator=generator(seed, "steering.noise", k)) for k in range(n)]
-            x = torch.stack(drawn, 1).flatten(0, 1)
-            x = process.start(x, self.times[0].expand(len(x)))
-        device = next(iter(cond.values())).device if cond else x.device
-        return Start(x.to(device), cond, {"prompt": many}, gen)
+        shape = (len(prompts), *self.model.shape)
+        drawn = [torch.randn(shape, generator=generator(seed, "steering.noise", k)) for k in range(n)]
+        noise = torch.stack(drawn, 1).flatten(0, 1)
+        noise = noise.to(next(iter(cond.values())).device if cond else noise.device)
+        x = self.model.begin(noise, self.times[0].expand(len(noise)).to(noise.device), cond)
+        return Start(x, cond, {"prompt": many}, gen)
 
     def score(self, raw: Condition) -> Callable[[Tensor], Tensor]:
         """The trained reward [D*B] of samples [D*B,*S]: D guesses for each row of a condition."""

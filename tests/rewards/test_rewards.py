@@ -138,6 +138,9 @@ class Halves(Identity):
         Halves.decoded += 1
         return z / 2
 
+    def read(self, z: Tensor, space: str) -> Tensor:
+        return self.decode(z)
+
 
 def test_each_reward_sees_its_own_space_and_pixels_are_decoded_once() -> None:
     latent, pixels = dataclasses.replace(FIRST, space="latent"), dataclasses.replace(FIRST, space="pixels")

@@ -242,6 +242,10 @@ class AtSize:
         """Latents -> pixels [B,3,size,size] in about [-1,1], with gradient."""
         return self.inner.decode(z)
 
+    def read(self, z: Tensor, space: str) -> Tensor:
+        """Pixels, whatever they are called."""
+        return self.decode(z)
+
 
 def codec_of(pipe: Pipe) -> Autoencoder:
     """latent = (vae(x) - shift) * scaling; per-channel statistics (some SDXL variants) are folded into both."""
