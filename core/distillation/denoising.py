@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.core.diffusion.denoiser import Denoiser, Encoded, Prediction
+from limbeck.core.diffusion.discrete import DiscretePrediction, MaskProcess, TokenProcess
 from limbeck.core.diffusion.process import Process, expand
 from limbeck.core.diffusion.time import Law, law, weight
 from limbeck.core.distillation import config as settings
@@ -25,8 +26,14 @@ def draw_t(ctx: Context, name: str, times: Law, process: Process) -> Tensor:
 
 
 def noised(ctx: Context, name: str, x: Tensor, times: Law, process: Process) -> tuple[Tensor, Tensor, Tensor]:
-    """(x_t, t, eps) with fresh draws of the streams `name.t` and `name.eps`; keeps the graph of x [b, *S]."""
+    """(x_t, t, eps) with fresh draws of the streams `name.t` and `name.eps`; keeps the graph of x [b, *S].
+
+    eps is standard normal; for tokens [b, L] it is uniform.
+    """
     t = draw_t(ctx, name, times, process)
+    if isinstance(process, TokenProcess):
+        eps = torch.special.ndtr(ctx.draws.normal(f"{name}.eps", tuple(x.shape[1:2])).double()).to(ctx.device)
+        return process.add_noise(x, eps, t), t, eps
     eps = ctx.draws.normal(f"{name}.eps", tuple(x.shape[1:])).to(x)
     return process.add_noise(x, eps, t), t, eps
 
@@ -54,13 +61,30 @@ def truth(space: str, x0: Tensor, eps: Tensor, t: Tensor, process: Process) -> T
 
 
 def errors(pred: Prediction, x0: Tensor, eps: Tensor, config: settings.Denoising) -> Tensor:
-    """w(t) times the mean square error over the sample [B]."""
+    """w(t) times the mean square error over the sample [B]; for tokens see `token_errors`."""
+    if isinstance(pred, DiscretePrediction):
+        return token_errors(pred, x0)
     space = config.space or ("eps" if pred.kind == "score" else pred.kind)
     error = getattr(pred, space).float() - truth(space, x0.float(), eps.float(), pred.t, pred.process)
     w = weighting(config, pred.process, pred.t).to(error)
     if w.dim() == 1:  # the mean over a sample first: the order of sums that runs are repeated by
         return w * error.square().flatten(1).mean(1)
     return (expand(w, error) * error.square()).flatten(1).mean(1)
+
+
+def token_errors(pred: DiscretePrediction, x0: Tensor) -> Tensor:
+    """Nats a token [B]: of ids x0 [B,L] under p(x0 | x_t).
+
+    Masked tokens: MDLM's bound (Sahoo et al. 2024, eq. 10), -alpha'/(1 - alpha) times what the masked ones cost, so that
+    its mean over t uniform in [0,1] bounds the negative log-likelihood. Uniform noise: the cross-entropy of all tokens
+    (the auxiliary loss of D3PM), which has the same minimum and is no bound.
+    """
+    process, cost = pred.process, -pred.logp_x0.gather(-1, x0.long()[..., None])[..., 0]
+    if not isinstance(process, MaskProcess):
+        return cost.mean(1)
+    rate = -process.d_alpha(pred.t) / process.sigma(pred.t)
+    gone = (pred.x_t == process.vocab).to(cost)
+    return expand(rate.to(cost), cost)[:, 0] * (gone * cost).mean(1)
 
 
 def weighting(config: settings.Denoising, process: Process, t: Tensor) -> Tensor:

@@ -1,0 +1,112 @@
+"""What a recipe may say about sequences (torch-free)."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from limbeck.core.run.config import OptimConfig
+from limbeck.core.run.recipe import Strict
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+AlphabetName = Literal["dna", "rna", "protein"]
+
+
+class Masked(Strict):
+    """A masked model: the name of an embedded one, or a folder that `limbeck export` wrote."""
+
+    model: str = "fly-upstream"
+    length: Count | None = None  # letters a sequence; null: what it was trained on
+
+
+class Cnn(Strict):
+    """Dilated convolutions."""
+
+    kind: Literal["cnn"] = "cnn"
+    width: Count = 64
+    kernel: Count = 9
+    dilations: list[Count] = [1, 1, 4, 16, 1, 1, 4, 16]
+
+
+class Fresh(Strict):
+    """A masked model with random weights, to be trained."""
+
+    alphabet: AlphabetName = "dna"
+    length: Count = 200
+    net: Cnn = Cnn()
+
+
+class Tuned(Strict):
+    """The teacher to be tuned, with its walk of `steps`."""
+
+    steps: Count = 64
+
+
+class Windows(Strict):
+    """Windows of 200 bases of the embedded fly regions; those of chromosome X are held out."""
+
+    role: Literal["generator", "oracle-a", "oracle-b"] = "generator"
+
+
+class Fasta(Strict):
+    """The user's own sequences, cut into windows."""
+
+    path: str
+    alphabet: AlphabetName = "dna"
+    length: Count = 200
+    held_out: Share = 0.1  # of the windows, near-duplicates together
+
+
+class Likelihood(Strict):
+    """How well a masked model predicts held-out sequences, and whether its samples have their k-mers."""
+
+    count: Count = 512
+    kmer: Count = 4
+    steps: Count = 64  # of a sample's walk
+
+
+class Starts(Strict):
+    """Windows at transcription starts against distal ones, from one oracle's arms."""
+
+    role: Literal["oracle-a", "oracle-b"] = "oracle-a"
+
+
+class Table(Strict):
+    """A CSV file with the columns sequence and value."""
+
+    path: str
+    alphabet: AlphabetName = "dna"
+    held_out: Share = 0.2  # near-duplicates together
+
+
+class Reader(Strict):
+    """A net that reads a sequence and says one number."""
+
+    net: Literal["pooled", "attentive"] = "pooled"
+    alphabet: AlphabetName = "dna"
+    width: Count = 128
+    kernel: Count = 15
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
+
+
+class Fit(Strict):
+    """Learns a number from sequences: logits of a yes or no, or values."""
+
+    task: Literal["classify", "regress"] = "regress"
+    bootstrap: bool = True  # each member of an ensemble weighs the sequences in a way of its own
+    optim: OptimConfig = OptimConfig(lr=1e-3)
+
+
+class OracleQuality(Strict):
+    """How right an oracle is on held-out sequences."""
+
+    curve: list[Share] = []  # shares of the data to learn from again, for the learning curve
+
+
+class Oracle(Strict):
+    """What an oracle says of a sequence."""
+
+    model: str  # the name of an embedded one, a run folder, or an exported file
+    rule: Literal["mean", "min", "lower"] = "lower"
+    width: Annotated[float, Field(ge=0)] = 1.0  # of the lower confidence bound, in deviations of the members
+    strands: Literal["given", "both"] = "given"  # "both": the mean over the sequence and its reverse complement

@@ -1,0 +1,38 @@
+"""The slot `teacher` of sequences: an embedded or own masked model, or a fresh one to train; and its student."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+from limbeck.core.diffusion.denoiser import Model
+from limbeck.core.diffusion.manystep import ManyStep
+from limbeck.core.run.build import Build
+from limbeck.domains.sequence import config as settings
+from limbeck.domains.sequence import models
+
+
+def masked(config: settings.Masked, build: Build) -> Model:
+    """Factory of sequence.masked."""
+    net, meta = models.load(config.model)
+    return models.model(net.requires_grad_(False).to(build.device), meta, config.length, config.model)
+
+
+def fresh(config: settings.Fresh, build: Build) -> Model:
+    """Factory of sequence.fresh: random weights."""
+    meta = {"alphabet": config.alphabet, "length": config.length, "net": config.net.model_dump()}
+    return models.model(models.network(meta).to(build.device), meta, None, "fresh")
+
+
+def tuned(config: settings.Tuned, build: Build) -> ManyStep:
+    """Factory of sequence.tuned: at first the teacher itself, under its own walk."""
+    model: Model = build.piece("teacher")
+    return ManyStep(model, copy.deepcopy(model.denoiser).float().requires_grad_(True), config.steps, 1.0)
+
+
+def export(build: Build, path: Path) -> list[Path]:
+    """Exporter `masked`: what the run trained, as a folder that `sequence.masked` and `model:` take."""
+    model: Model = build.piece("teacher")
+    trained = build.piece("student").denoiser if build.has("student") else model.denoiser
+    net = trained.network.net
+    return models.save(net, path, {**net.meta, "length": model.shape[0], "name": build.recipe.name})
