@@ -107,10 +107,13 @@ class Expect(Strict):
     memory_gb: float = Field(ge=0)
 
 
-class Input(Strict):
-    """An option of `limbeck run RECIPE`: the dotted key it sets, and its help line."""
+Key = Annotated[str, Field(pattern="^" + KEY.pattern.replace(r"\Z", "$"))]
 
-    set: str = Field(pattern="^" + KEY.pattern.replace(r"\Z", "$"))
+
+class Input(Strict):
+    """An option of `limbeck run RECIPE`: the dotted key (or keys, all to the same value) it sets, and its help line."""
+
+    set: Key | Annotated[list[Key], Field(min_length=1)]
     help: str = ""
 
 
@@ -332,15 +335,22 @@ def _apply(document: yamlio.Document, sets: Sequence[str], inputs: Mapping[str, 
     texts: Texts = {}
     for name, text in inputs.items():
         entry = known.get(name) if isinstance(known, dict) else None
-        if not isinstance(entry, dict) or not isinstance(entry.get("set"), str):
+        keys = keys_of(entry.get("set")) if isinstance(entry, dict) else []
+        if not keys:
             raise BadInput(f"{clean(document.where)}: no input --{clean(name)}{did_you_mean(name, known)}")
-        texts[_set(document, entry["set"], text, f"--{name}")] = text
+        texts |= {_set(document, key, text, f"--{name}"): text for key in keys}
     for item in sets:
         key, equals, text = item.partition("=")
         if not equals:
             raise BadInput(f"--set {clean(item)}: write it as --set key.path=value")
         texts[_set(document, key.strip(), text, f"--set {clean(key, 80)}")] = text
     return texts
+
+
+def keys_of(value: Any) -> list[str]:
+    """The keys that an input sets, in a recipe not validated yet; none where it is no such thing."""
+    listed = value if isinstance(value, list) else [value]
+    return listed if all(isinstance(key, str) for key in listed) else []
 
 
 def _set(document: yamlio.Document, key: str, text: str, where: str) -> yamlio.Keys:

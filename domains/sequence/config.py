@@ -28,12 +28,21 @@ class Cnn(Strict):
     dilations: list[Count] = [1, 1, 4, 16, 1, 1, 4, 16]
 
 
+class EsmNet(Strict):
+    """A transformer of ESM-2's build (protein)."""
+
+    kind: Literal["esm"] = "esm"
+    width: Count = 128
+    layers: Count = 4
+    heads: Count = 4
+
+
 class Fresh(Strict):
     """A masked model with random weights, to be trained."""
 
     alphabet: AlphabetName = "dna"
     length: Count = 200
-    net: Cnn = Cnn()
+    net: Annotated[Cnn | EsmNet, Field(discriminator="kind")] = Cnn()
 
 
 class Tuned(Strict):

@@ -30,9 +30,16 @@ def call(net: nn.Module, x: Tensor, time: Tensor, cond: Encoded) -> Tensor:
 def network(meta: Meta) -> nn.Module:
     """A fresh net as the meta data describes it; it keeps the description."""
     net, size = meta["net"], ALPHABETS[meta["alphabet"]].size
-    if net["kind"] != "cnn":
-        raise BadInput(f"limbeck.json: there is no net of kind {clean(net['kind'], 40)}; this version knows cnn")
-    made = DilatedCNN(size, net["width"], net["kernel"], net["dilations"])
+    made: nn.Module
+    if net["kind"] == "cnn":
+        made = DilatedCNN(size, net["width"], net["kernel"], net["dilations"])
+    elif net["kind"] == "esm" and meta["alphabet"] == "protein":
+        from limbeck.domains.sequence import esm  # transformers takes seconds to import
+
+        made = esm.fresh(net)
+    else:
+        text = f"{clean(net['kind'], 40)} of {meta['alphabet']}"
+        raise BadInput(f"there is no net {text}; take cnn (any alphabet) or esm (protein)")
     made.meta = {"alphabet": meta["alphabet"], "net": net}
     return made
 
@@ -80,6 +87,10 @@ def save(net: nn.Module, folder: Path, meta: Meta) -> list[Path]:
 def load(name: str) -> tuple[nn.Module, Meta]:
     """The net and meta data of an embedded name or a folder, in float32 and evaluation mode."""
     folder = ASSETS / name if name in names() else Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        from limbeck.domains.sequence import esm
+
+        return esm.load(folder).eval(), {"alphabet": "protein", "length": 100, "net": {"kind": "checkpoint"}}
     if not (folder / MARK).is_file():
         hint = did_you_mean(name, names()) or f"; embedded models: {', '.join(names()) or 'none'}"
         raise BadInput(f"there is no sequence model {clean(name, 80)}{hint}")

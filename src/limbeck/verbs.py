@@ -103,9 +103,9 @@ def inputs_help(name: str) -> str:
     """The inputs of a recipe with their help and present values."""
     data = recipes.source(name).data
     rows = [
-        (f"--{key}", clean(entry.get("help", "")), f"[{clean(entry['set'])}: {clean(_lookup(data, entry['set']), 40)}]")
+        (f"--{key}", clean(entry.get("help", "")), f"[{clean(', '.join(keys))}: {clean(_lookup(data, keys[0]), 40)}]")
         for key, entry in _declared(data).items()
-        if isinstance(entry, dict) and isinstance(entry.get("set"), str)
+        if isinstance(entry, dict) and (keys := recipes.keys_of(entry.get("set")))
     ]
     head = f"Inputs of {clean(data.get('name', name))}:"
     return "\n".join([head, *table(rows)]) if rows else f"{clean(name)} has no inputs of its own; use --set KEY=VALUE."

@@ -120,6 +120,13 @@ def test_training_needs_stages(tmp_path: Path) -> None:
     assert "needs stages" in refused(write(tmp_path, BASE.replace("job: sample", "job: train")))
 
 
+def test_an_input_may_set_several_keys(tmp_path: Path) -> None:
+    path = write(tmp_path, BASE + "inputs:\n  size: {set: [batch, sample.count]}\n")
+    found = recipe.load(path, [], {"size": "3"})
+    assert (found.batch, found.sample.count) == (3, 3)
+    assert "inputs.size.set" in refused(write(tmp_path, BASE + "inputs: {size: {set: []}}\n"))
+
+
 def test_inputs_keep_clear_of_flags(tmp_path: Path) -> None:
     assert "rename it" in refused(write(tmp_path, BASE + "inputs: {seed: {set: seed}}\n"))
 
