@@ -6,12 +6,13 @@ from torch import nn
 
 from limbeck.core.diffusion.codec import Identity
 from limbeck.core.diffusion.denoiser import Denoiser, FewStep, Model, Preconditioned, Prediction
-from limbeck.core.diffusion.mixture import GaussianMixture
+from limbeck.core.diffusion.discrete import MaskProcess
+from limbeck.core.diffusion.mixture import GaussianMixture, TokenTable
 from limbeck.core.diffusion.process import EDM, VP, Flow
 from limbeck.core.distillation import denoising
 from limbeck.core.distillation.config import Denoising
 from limbeck.core.distillation.critic import FlatNet
-from limbeck.core.distillation.denoising import Regression, errors, noised, truth
+from limbeck.core.distillation.denoising import Regression, errors, noised, token_errors, truth
 from limbeck.core.distillation.toy import MODES, STD, WEIGHTS, Ring4Set
 from limbeck.core.run.build import Build
 from limbeck.core.run.context import Context
@@ -166,3 +167,28 @@ def test_it_runs_from_a_recipe_only_with_something_to_train():
     recipe = load("toy/ring4", sets)
     with pytest.raises(BadInput, match="no denoiser"):
         Build(recipe).objective(recipe.stages[0])  # an MLP from noise to sample has no denoiser
+
+
+def test_the_masked_loss_of_the_exact_denoiser_is_the_entropy_of_its_law() -> None:
+    gen = torch.Generator().manual_seed(0)
+    table = torch.softmax(1.2 * torch.randn(27, generator=gen, dtype=torch.float64), 0)
+    teacher = TokenTable(table.view(3, 3, 3), MaskProcess(3))
+    x0 = teacher.sample(40000, gen)
+    t = (torch.rand(40000, generator=gen) + torch.arange(40000) / 40000) % 1  # even in t: a small variance
+    x_t = teacher.process.add_noise(x0, torch.rand(x0.shape, generator=gen), t.clamp_min(1e-3))
+    pred = teacher.predict(x_t, t.clamp_min(1e-3), {})
+    entropy = float(-(table * table.log()).sum())
+    assert float(token_errors(pred, x0).mean()) * 3 == pytest.approx(entropy, rel=0.02)
+    revealed = x_t != 3
+    free = -pred.logp_x0.gather(-1, x0[..., None])[..., 0]
+    assert float(free[revealed].abs().max()) == 0.0  # what is known costs nothing
+    unweighted = float((free * ~revealed).mean(1).mean()) * 3
+    assert abs(unweighted - entropy) > 0.2 * entropy  # the weight matters: the test would see it forgotten
+
+
+def test_tokens_are_noised_by_uniform_draws() -> None:
+    x = torch.zeros(64, 50, dtype=torch.int64)
+    regression = Regression(TokenTable(torch.ones(3), MaskProcess(3)), Denoising(), {})
+    x_t, t, eps = noised(ctx(), "s", x, regression.times, MaskProcess(3))
+    assert 0 <= float(eps.min()) and float(eps.max()) < 1 and set(x_t.unique().tolist()) == {0, 3}
+    assert float(((x_t == 3).double().mean(1) - t.double()).abs().mean()) < 0.08
