@@ -9,19 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from limbeck.core.rewards import stored
 from limbeck.core.run import checkpoint, job
 from limbeck.core.run import recipe as recipes
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput
 from limbeck.domains.image import models
+from limbeck.domains.sequence import models as sequence_models
 
 COMMON = ["steps=20", "checkpoint.every=10", "checkpoint.keep=5", "sample.every=1000", "eval=[]"]
-EMBEDDED = [name for name in recipes.names() if name.split("/")[0] in ("image", "toy")]
+EMBEDDED = [name for name in recipes.names() if name.split("/")[0] in ("image", "sequence", "toy")]
 JOBS = {name: recipes.source(name).data.get("job", "train") for name in EMBEDDED}
-SAMPLING = [name for name in EMBEDDED if JOBS[name] == "sample"]
+SAMPLING = [name for name in EMBEDDED if JOBS[name] == "sample" and name.startswith("image/")]
+SEQUENCE_SAMPLING = [name for name in EMBEDDED if JOBS[name] == "sample" and name.startswith("sequence/")]
 REFUSED = "image/draft-compressibility"
 PAIRS = "image/diffusion-dpo"  # needs a file: tests/alignment/test_preference.py
-RECIPES = [name for name in EMBEDDED if JOBS[name] == "train" and name not in (REFUSED, PAIRS)]
+OWN_FILES = ("sequence/pretrain", "sequence/oracle")  # need a file: tests/sequence
+RECIPES = [name for name in EMBEDDED if JOBS[name] == "train" and name not in (REFUSED, PAIRS, *OWN_FILES)]
 
 
 @pytest.fixture(scope="session")
@@ -31,11 +35,41 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         models.save_teacher(models.build_unet(32, (32, 32)), folder)
+        save_sequences(folder.parent / "sequences")
     return folder
+
+
+SEQUENCE_NET = {"kind": "cnn", "width": 8, "kernel": 3, "dilations": [1]}
+
+
+def save_sequences(folder: Path) -> None:
+    """A masked DNA model and an oracle with random weights."""
+    net = sequence_models.network({"alphabet": "dna", "net": SEQUENCE_NET})
+    sequence_models.save(net, folder / "model", {**net.meta, "length": 200})
+    build = Build(recipes.load("sequence/oracle-a", ["student.members=1", "student.of.width=8"]))
+    stored.export(build, folder / "oracle")
+
+
+def small_sequences(name: str, folder: Path) -> list[str]:
+    """What makes a recipe of sequences tiny."""
+    sets = [*COMMON, "batch=4"]
+    if name == "sequence/fly-upstream":
+        return [*sets, "teacher.net.width=8", "teacher.net.dilations=[1]"]
+    if name.startswith("sequence/oracle"):
+        return [*sets, "student.of.width=8"]
+    if name == "sequence/drakes-protein":
+        return [*sets, "student.steps=2", "stages.0.losses.0.walk.steps=3", "stages.0.losses.0.last=2"]
+    sets += [f"teacher.model={folder / 'model'}", "student.steps=2", "stages.0.losses.0.walk.steps=3"]
+    if recipes.source(name).data["rewards"]["train"][0]["kind"] == "sequence.oracle":
+        sets += [f"rewards.{split}.0.model={folder / 'oracle.safetensors'}" for split in ("train", "held_out")]
+    loss = recipes.source(name).data["stages"][0]["losses"][0]
+    return [*sets, *(["stages.0.losses.0.last=2"] if loss["kind"] == "drakes" else [])]
 
 
 def overrides(name: str, teacher: Path) -> list[str]:
     """What makes a recipe tiny."""
+    if name.startswith("sequence/"):
+        return small_sequences(name, teacher.parent / "sequences")
     if name == "toy/words":
         return [*COMMON, "batch=8", "stages.0.losses.0.walk.steps=3"]
     if name.startswith("toy/"):
@@ -114,6 +148,16 @@ def test_a_steered_recipe_draws_and_compares(name: str, tiny_teacher: Path, tmp_
     assert len(list((folder / "samples").glob("0*.png"))) == 2 and (folder / "samples" / "samplers.png").exists()
     lines = json.loads((folder / "eval.json").read_text())["samplers"]
     assert [line["reward: gain"] for line in lines][0] == 0.0 and all(line["calls"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize("name", SEQUENCE_SAMPLING)
+def test_a_recipe_of_sequences_draws_and_measures(name: str, tiny_teacher: Path, tmp_path: Path) -> None:
+    folder = tiny_teacher.parent / "sequences"
+    oracles = [f"rewards.{split}.0.model={folder / 'oracle.safetensors'}" for split in ("train", "held_out")]
+    sets = [*oracles, "sampler.walk.steps=3", "eval.0.count=4", f"teacher.model={folder / 'model'}"]
+    assert job.run(recipes.load(name, sets), tmp_path / "run", device="cpu", quiet=True) == 0
+    assert list((tmp_path / "run" / "samples").glob("*.fasta"))
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["sequence.quality"]
 
 
 def test_a_students_run_must_be_there(tmp_path: Path, tiny_teacher: Path) -> None:

@@ -47,6 +47,14 @@ class DilatedCNN(nn.Module):
         return self.out(h).transpose(1, 2)
 
 
+def thinned(h: Tensor, share: float, gen: torch.Generator | None) -> Tensor:
+    """Dropout with draws of its own, so that a resumed run repeats them."""
+    if gen is None or share == 0:
+        return h
+    kept = torch.rand(h.shape, generator=gen, device=gen.device).to(h.device) >= share
+    return h * kept / (1 - share)
+
+
 class Pooled(nn.Module):
     """An oracle of two convolutions: maxima over the sequence, one number; mean and deviation are those of its data."""
 
@@ -56,7 +64,8 @@ class Pooled(nn.Module):
         super().__init__()
         self.first = nn.Conv1d(size, width, kernel, padding=kernel // 2)
         self.second = nn.Conv1d(width, width, 7, padding=3)
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, 1))
+        self.dropout = dropout
+        self.head = nn.Sequential(nn.Identity(), nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, 1))
         self.register_buffer("centre", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
 
@@ -64,11 +73,11 @@ class Pooled(nn.Module):
         """[B] of rows [B,L,V]."""
         return self.centre + self.scale * self.raw(x)
 
-    def raw(self, x: Tensor) -> Tensor:
-        """In deviations from the data's mean, [B]."""
+    def raw(self, x: Tensor, gen: torch.Generator | None = None) -> Tensor:
+        """In deviations from the data's mean, [B]; a generator switches dropout on."""
         h = F.max_pool1d(F.gelu(self.first(x.to(self.first.weight.dtype).transpose(1, 2))), 4, ceil_mode=True)
         h = F.gelu(self.second(h))
-        return self.head(torch.cat([h.amax(2), h.mean(2)], 1))[:, 0].float()
+        return self.head(thinned(torch.cat([h.amax(2), h.mean(2)], 1), self.dropout, gen))[:, 0].float()
 
 
 class Attentive(nn.Module):
@@ -81,7 +90,8 @@ class Attentive(nn.Module):
         self.embed = nn.Conv1d(size, width, kernel, padding=kernel // 2)
         self.blocks = nn.ModuleList(Block(width, 5, dilation) for dilation in (1, 2, 4, 8))
         self.gate, self.value = nn.Conv1d(width, 4, 1), nn.Conv1d(width, width, 1)
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(4 * width, 1))
+        self.dropout = dropout
+        self.head = nn.Sequential(nn.Identity(), nn.Linear(4 * width, 1))
         self.register_buffer("centre", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
 
@@ -89,14 +99,14 @@ class Attentive(nn.Module):
         """[B] of rows [B,L,V]."""
         return self.centre + self.scale * self.raw(x)
 
-    def raw(self, x: Tensor) -> Tensor:
-        """In deviations from the data's mean, [B]."""
+    def raw(self, x: Tensor, gen: torch.Generator | None = None) -> Tensor:
+        """In deviations from the data's mean, [B]; a generator switches dropout on."""
         h = self.embed(x.to(self.embed.weight.dtype).transpose(1, 2))
         for block in self.blocks:
             h = block(h)
         shares = torch.softmax(self.gate(h).float(), 2).to(h.dtype)
         pooled = torch.einsum("bgl,bwl->bgw", shares, F.gelu(self.value(h))).flatten(1)
-        return self.head(pooled)[:, 0].float()
+        return self.head(thinned(pooled, self.dropout, gen))[:, 0].float()
 
 
 READERS = {"pooled": Pooled, "attentive": Attentive}

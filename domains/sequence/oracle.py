@@ -69,14 +69,14 @@ class Fitting:
         """The sum over members, so that none slows another down."""
         gen = ctx.draws.gen("data.labelled")
         index = torch.randint(self.data.count, (ctx.global_batch,), generator=gen)[ctx.draws.rows]
-        return {"fit": self.at(index, ctx.device)}
+        return {"fit": self.at(index, ctx.device, ctx.draws.gen(f"fit.dropout{ctx.draws.rows.start}"))}
 
-    def at(self, index: Tensor, device: torch.device) -> Tensor:
-        """The loss on rows of the data."""
+    def at(self, index: Tensor, device: torch.device, gen: torch.Generator) -> Tensor:
+        """The loss on rows of the data; gen draws what is dropped."""
         x = tokens.onehot(self.data.x[index].long(), self.size).to(device)
         centre, scale = moments(self.config.task, self.data.y)
         y = ((self.data.y[index] - centre) / scale).to(device)
-        found = loss(self.config.task, torch.stack([member.raw(x) for member in self.model.members]), y)
+        found = loss(self.config.task, torch.stack([member.raw(x, gen) for member in self.model.members]), y)
         return (found if self.weights is None else found * self.weights[:, index].to(found)).mean(1).sum()
 
     def state(self) -> dict[str, Tensor]:
@@ -182,10 +182,11 @@ def learned_again(build: Build, data: Labelled) -> nn.Module:
     fit = fitting(config, replace(build), student, data)
     optimiser = torch.optim.Adam(student.parameters(), lr=1e-3)
     for step in range(recipe.steps):
-        index = torch.randint(data.count, (recipe.batch,), generator=generator(build.seed, "sequence.again", step))
+        gen = generator(build.seed, "sequence.again", step)
+        index = torch.randint(data.count, (recipe.batch,), generator=gen)
         optimiser.zero_grad()
         with torch.enable_grad():
-            fit.at(index, build.device).backward()
+            fit.at(index, build.device, gen).backward()
         optimiser.step()
     return student
 
