@@ -1,4 +1,4 @@
-"""Rewards with a gradient: DRaFT-K, DRaFT-LV, AlignProp, ReFL, and the reward of a few-step student's own sample."""
+"""Rewards with a gradient: DRaFT-K, DRaFT-LV, AlignProp, ReFL, DRAKES, and that of a few-step student's own sample."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from limbeck.core.alignment import config as settings
+from limbeck.core.alignment import relaxed
 from limbeck.core.alignment.rollout import repeat_rows
 from limbeck.core.alignment.tuning import Tuning
 from limbeck.core.diffusion.denoiser import Encoded
-from limbeck.core.diffusion.sampling import Step, trajectory
+from limbeck.core.diffusion.sampling import Step, rematerialised, trajectory
 from limbeck.core.distillation.source import Source, plain
 from limbeck.core.rewards.base import Condition
 from limbeck.core.run.build import Build
@@ -19,7 +20,7 @@ from limbeck.core.run.context import Context
 from limbeck.core.run.players import Phase, Player
 
 Terms = dict[str, Tensor]
-Gradient = settings.Draft | settings.AlignProp | settings.Refl
+Gradient = settings.Draft | settings.AlignProp | settings.Refl | settings.Drakes
 
 
 class Ascent:
@@ -44,7 +45,7 @@ class Ascent:
 
 def gradient_steps(ctx: Context, config: Gradient) -> int:
     """How many of the last steps keep their graph in this step, one number for all processes."""
-    if isinstance(config, settings.Draft):
+    if isinstance(config, settings.Draft | settings.Drakes):
         return min(config.last, config.walk.steps)
     if isinstance(config, settings.Refl):
         return 1
@@ -63,7 +64,7 @@ def walked_steps(ctx: Context, config: Gradient) -> int:
 
 
 def backpropagate(tuning: Tuning, config: Gradient, ctx: Context) -> Terms:
-    """DRaFT (Clark et al. 2023), AlignProp (Prabhudesai et al. 2023) and ReFL (Xu et al. 2023) as truncations.
+    """DRaFT (Clark et al. 2023), AlignProp (Prabhudesai et al. 2023), ReFL (Xu et al. 2023), DRAKES as truncations.
 
     The state before the last K steps is detached whole: no earlier step is reached, by either branch of guidance.
     """
@@ -73,12 +74,18 @@ def backpropagate(tuning: Tuning, config: Gradient, ctx: Context) -> Terms:
     gen, kernel = tuning.gen(ctx), tuning.kernel(ctx, config.walk)
     price, divergence = ctx.at(getattr(config, "kl", 0.0)), x.new_zeros(())
     watched = price > 0 or tuning.judge.due(ctx)
-    for step in trajectory(walker, kernel, x, times, cond, gen, last):
+    if isinstance(config, settings.Drakes):
+        walk = relaxed.walk(ctx, config, walker, kernel, x, times, cond, gen, last)
+    else:
+        walk = trajectory(walker, kernel, x, times, cond, gen, last)
+    for step in walk:
         x = step.x_next
         if watched and step.pred.raw.requires_grad:
             divergence = divergence + _divergence(tuning, ctx, config, step, cond)
     if isinstance(config, settings.Refl):
         x = step.pred.x0
+    if isinstance(config, settings.Drakes):
+        x = relaxed.letters(x)
     if isinstance(config, settings.Draft) and config.noises > 1:
         x, cond, raw = _again(tuning, ctx, config, x.detach(), times, cond, raw)
     terms = {"reward": -tuning.score(ctx, x, raw).mean()}
@@ -89,11 +96,15 @@ def backpropagate(tuning: Tuning, config: Gradient, ctx: Context) -> Terms:
 
 def _divergence(tuning: Tuning, ctx: Context, config: Gradient, step: Step, cond: Encoded) -> Tensor:
     """The mean KL of one step from the reference's, in nats; a step without noise is measured as if eta were 1
-    and its deviation at least .01."""
-    with torch.no_grad():
-        fixed = tuning.guided(ctx, tuning.reference, config.walk).predict(step.x.detach(), step.t, cond)
+    and its deviation at least .01. Its gradient runs through the student and, where drakes asks, the reference's input.
+    """
+    through, remat = getattr(config, "kl_through", False), getattr(config, "remat", True)
+    with torch.set_grad_enabled(through):
+        reference = tuning.guided(ctx, tuning.reference, config.walk)
+        asked = rematerialised(reference) if remat else reference
+        fixed = asked.predict(step.x if through else step.x.detach(), step.t, cond)
     kernel = tuning.kernel(ctx, settings.Walk(floor=0.01))
-    return kernel.kl(step.pred, fixed, step.x.detach(), step.t, step.s).mean()
+    return kernel.kl(step.pred, fixed, step.x, step.t, step.s).mean()
 
 
 def _again(
@@ -109,8 +120,10 @@ def _again(
 
 
 def build_walk(config: Gradient, build: Build) -> Ascent:
-    """Factory of draft, alignprop and refl."""
+    """Factory of draft, alignprop, refl and drakes."""
     tuning = Tuning.of(config, config.optim, build)
+    if isinstance(config, settings.Drakes):
+        relaxed.needed_tokens(tuning)
     tuning.trained.needed_differentiable(type(config).__name__.lower())
     return Ascent(tuning, lambda ctx: backpropagate(tuning, config, ctx))
 

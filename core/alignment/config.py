@@ -1,6 +1,6 @@
 """What a recipe may say about tuning with rewards (torch-free). Numbers that may change with the step are Scheduled."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -66,6 +66,28 @@ class Refl(Tuned):
 
     lo: Share = 0.75  # the share of the walk already done, at least
     hi: Share = 0.975
+
+
+class TokenWalk(Walk):
+    """On tokens; without guidance unless a recipe asks for it."""
+
+    steps: Count = 128
+    guidance: NotNegative = 1.0
+
+
+class Drakes(Tuned):
+    """DRAKES: hard draws, then Gumbel-soft ones whose gradient reaches the student.
+
+    `kl` is in nats of the walk's law; that of the authors' code is another quantity, so its numbers do not carry over.
+    """
+
+    walk: TokenWalk = TokenWalk()
+    last: Count = 50  # steps that are soft and have a gradient
+    tau: Positive = 1.0  # temperature of the soft draws; the lower, the nearer to hard ones and the noisier
+    kl: NotNegative = 0.03  # price of a nat of path KL to the reference
+    kl_steps: Literal["last", "all"] = "last"  # the steps it is summed over: the soft ones, or the hard ones too
+    kl_through: bool = False  # its gradient also runs through what the reference says of soft states
+    remat: bool = True  # activations are computed again in the backward pass: memory for one step, more time
 
 
 class Policy(Tuned):

@@ -33,6 +33,7 @@ class Words:
     table: Tensor = field(init=False)
     reward: Tensor = field(init=False)
     states: Tensor = field(init=False)
+    parts: tuple[Tensor, Tensor, Tensor] = field(init=False)  # letters' weights [4,3]; mean and deviation of their sum
 
     def __post_init__(self) -> None:
         gen = torch.Generator().manual_seed(0)
@@ -44,6 +45,7 @@ class Words:
             ("table", torch.softmax(logits.double(), 0)),
             ("reward", ((raw - raw.mean()) / raw.std()).double()),
             ("states", states),
+            ("parts", (letters, raw.mean(), raw.std())),
         ):
             object.__setattr__(self, name, value)
 
@@ -64,6 +66,13 @@ class Words:
     def score(self, x: Tensor) -> Tensor:
         """r(x) [B] of whole words."""
         return self.reward[self.index(x)]
+
+    def extended(self, x: Tensor) -> Tensor:
+        """r [B] of words [B,4] or soft rows [B,4,3] (or with a mask's column): linear in each letter's row."""
+        rows = soft_rows(x, VOCAB)[..., :VOCAB]
+        letters, centre, scale = (part.to(rows) for part in self.parts)
+        raw = (rows * letters).sum((1, 2)) + 0.8 * (rows[:, 0] * rows[:, 3]).sum(1)
+        return (raw - centre) / scale
 
     def law(self, x: Tensor) -> Tensor:
         """The empirical law of words x [B,4], over the 81."""
@@ -144,6 +153,21 @@ def letters(config: None, build: Build) -> Reward:
         return words.score(x.cpu()).to(x.device)
 
     return Reward(score, "letters", "tokens")
+
+
+def letters_soft(config: None, build: Build) -> Reward:
+    """Factory of the words' reward with its gradient."""
+    return soft_letters()
+
+
+def soft_letters() -> Reward:
+    """The words' reward on words [B,4] or soft rows [B,4,3], with its gradient."""
+    words = Words()
+
+    def score(x: Tensor, cond: Condition, *, t: Tensor | None, gen: torch.Generator | None) -> Tensor:
+        return words.extended(x)
+
+    return Reward(score, "letters", "onehot", differentiable=True, accepts_soft=True)
 
 
 def metric(config: settings.Tilt, build: Build) -> Callable[[], list[dict[str, float | str]]]:

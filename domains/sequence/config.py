@@ -119,3 +119,62 @@ class Oracle(Strict):
     rule: Literal["mean", "min", "lower"] = "lower"
     width: Annotated[float, Field(ge=0)] = 1.0  # of the lower confidence bound, in deviations of the members
     strands: Literal["given", "both"] = "given"  # "both": the mean over the sequence and its reverse complement
+
+
+class Design(Strict):
+    """What every design keeps to."""
+
+    template: str | None = None  # IUPAC codes, a letter a place
+    avoid: str | None = None  # words such as GAATTC,GGATCC; for DNA on both strands
+    gc: str | None = None  # shares such as 0.4-0.6
+    homopolymer: Count | None = None  # letters of the longest run
+    omit: str | None = None  # letters that do not occur
+    bias: dict[str, float] = {}  # nats that are added to a letter's logit
+
+
+class Splice(Strict):
+    """How good a splice site MMSplice takes a place for."""
+
+    site: Literal["donor", "acceptor"] = "donor"
+    position: Count  # from 1: the first base of the intron (donor), or its last one (acceptor)
+    scale: Literal["probability", "logit"] = "probability"
+
+
+class Motif(Strict):
+    """How much of a motif of JASPAR 2020 a sequence has."""
+
+    id: str  # MA0139.1, MA0139 (its newest version) or a name that only one motif has
+    strands: Literal["given", "both"] = "both"
+    reduce: Literal["occupancy", "odds", "best"] = "occupancy"
+    gc: Share = 0.5  # of the background
+    pvalue: Share = 1e-4  # of a window at which a site is half occupied
+
+
+class Ehrlich(Strict):
+    """An Ehrlich function: spaced motifs on sequences without banned neighbours; its largest value is 1."""
+
+    motifs: Count = 2
+    motif: Count = 4  # letters of a motif
+    length: Count = 200  # letters of a sequence
+    quantise: Count | None = None  # steps of a motif's presence; null: one a letter
+    seed: int = 0
+    alphabet: AlphabetName = "dna"
+
+
+class Gc(Strict):
+    """The share of G and C within a window."""
+
+    low: Annotated[float, Field(ge=0, le=1)] = 0.4
+    high: Annotated[float, Field(ge=0, le=1)] = 0.6
+
+
+class Homopolymer(Strict):
+    """No long runs of one letter."""
+
+    longest: Count = 4
+
+
+class Fold(Strict):
+    """The folding energy a base, of the sequence as RNA."""
+
+    goal: Literal["stable", "open"] = "stable"

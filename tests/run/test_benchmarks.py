@@ -88,3 +88,27 @@ def test_chunks_bound_the_memory_of_decoding(particles, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Autoencoder, "_chunked", at_once)
     assert len(particles.decodes([8, 24], 16)) == 1
+
+
+def test_drakes_has_the_gradient_of_the_transcription_for_less_memory(load_benchmark) -> None:
+    benchmark = load_benchmark("drakes_step")
+    case = benchmark.Case.of(16, 4, 40, 6, 6).double()
+    steps = {"ours": lambda: benchmark.ours(case, "last", True), "published": lambda: benchmark.published(case)}
+    assert benchmark.difference(case, *steps.values()) < benchmark.ALIKE
+    found = benchmark.measure(case, steps, 1)
+    assert found["ours"][1] < benchmark.SMALLER * found["published"][1]
+
+
+def test_fault_drakes_that_draws_hard_to_the_last_step(load_benchmark) -> None:
+    benchmark = load_benchmark("drakes_step")
+    case = benchmark.Case.of(16, 4, 40, 6, 6).double()
+    short = benchmark.Case(case.student, case.reference, case.motif, 4, 40, 6, 1)
+    error = benchmark.difference(case, lambda: benchmark.ours(short, "last"), lambda: benchmark.published(case))
+    assert error > 1000 * benchmark.ALIKE
+
+
+def test_a_slow_or_large_step_misses_the_bar_of_drakes(load_benchmark, capsys) -> None:
+    benchmark = load_benchmark("drakes_step")
+    even = {name: (1.0, 100) for pair in benchmark.PAIRS for name in pair}
+    assert benchmark.compared(even) == ["as each comes: 1.00 times faster, 1.000 of the memory"]
+    assert benchmark.compared(even | {benchmark.PAIRS[0][1]: (0.5, 50)}) == []

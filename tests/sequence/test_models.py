@@ -74,7 +74,7 @@ def test_own_sequences_are_learned_from_a_fasta_file(tmp_path: Path) -> None:
     texts = tokens.decode(torch.cat([body, 3 - body.flip(1)], 1), DNA)  # palindromes: the second half is certain
     path = tmp_path / "own.fasta"
     path.write_text("".join(f">r{i}\n{text}\n" for i, text in enumerate(texts)))
-    sets = ["steps=150", "batch=64", "teacher.net.width=32", "eval.0.count=32", "eval.0.steps=12", "eval.0.kmer=2"]
+    sets = ["steps=500", "batch=64", "teacher.net.width=32", "eval.0.count=32", "eval.0.steps=12", "eval.0.kmer=2"]
     recipe = recipes.load("sequence/pretrain", sets, {"fasta": str(path), "length": "12"})
     assert job.run(recipe, tmp_path / "run", device="cpu", quiet=True) == 0
     row = json.loads((tmp_path / "run" / "eval.json").read_text())["sequence.likelihood"][0]
