@@ -27,8 +27,9 @@ from limbeck.core.rewards.base import Reward
 from limbeck.core.run.rng import generator
 
 V, PRICE, NEVER = 4, 0.03, -1e6
-PAIRS = [  # as each comes; then the same steps, and the same gradient
+PAIRS = [  # as each comes; then with more of the same gradient and the same steps
     ("published, KL over all", "core, KL over the last"),
+    ("published, KL over all", "core, KL over the last, whole gradient"),
     ("published, KL over all", "core, KL over all"),
     ("published, KL over all", "core, KL over all, whole gradient"),
     ("published, KL over all", "core, KL over all, whole gradient, graphs kept"),

@@ -79,6 +79,8 @@ class Drakes(Tuned):
     """DRAKES: hard draws, then Gumbel-soft ones whose gradient reaches the student.
 
     `kl` is in nats of the walk's law; that of the authors' code is another quantity, so its numbers do not carry over.
+    Words of soft walks score otherwise than those of hard draws: on toy words 1.75 against 1.00 with all 16 steps soft,
+    1.80 against 1.83 with the last 6. Metrics draw hard; the rewards logged in training and their stop do not.
     """
 
     walk: TokenWalk = TokenWalk()

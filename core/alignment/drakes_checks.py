@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from limbeck.core.run.distributed import Team
 from limbeck.core.run.players import Player
 from limbeck.core.run.rng import Draws, generator
 from limbeck.core.run.trainer import Trainer
+from limbeck.core.scheduled import Scheduled
 
 STEPS = 16
 OPTIM = OptimConfig(kind="adam", lr=1e-3, weight_decay=0.0, clip=1.0)
@@ -39,10 +41,20 @@ class Student(nn.Module):
         self.denoiser = denoiser
 
 
-def drakes(**more: object) -> settings.Drakes:
-    """Settings with sixteen steps, all of them soft, unless `more` says otherwise."""
-    walk = settings.TokenWalk(steps=STEPS)
-    return settings.Drakes.model_validate({"walk": walk, "last": STEPS, "optim": OPTIM} | more)
+def drakes(
+    steps: int = STEPS,
+    last: int = STEPS,
+    tau: float = 1.0,
+    kl: Scheduled = 1.0,
+    kl_steps: Literal["last", "all"] = "last",
+    kl_through: bool = False,
+    remat: bool = True,
+) -> settings.Drakes:
+    """Settings of sixteen steps, all of them soft, unless told otherwise."""
+    walk = settings.TokenWalk(steps=steps)
+    return settings.Drakes(
+        optim=OPTIM, walk=walk, last=last, tau=tau, kl=kl, kl_steps=kl_steps, kl_through=kl_through, remat=remat
+    )
 
 
 def tuning(student: Denoiser, reference: Denoiser, reward: Reward, length: int, optim: OptimConfig = OPTIM) -> Tuning:
@@ -92,7 +104,7 @@ def letter_kl(steps: int, batch: int = 20_000) -> tuple[float, float]:
     """(mean path KL of one letter drawn in that many hard steps, the KL of its two laws)."""
     logits = one_letter("check.drakes.student"), one_letter("check.drakes.reference")
     made = tuning(coin(logits[0]), coin(logits[1]), linear(torch.zeros(4)), 1)
-    config = drakes(walk=settings.TokenWalk(steps=steps), last=1, kl=1.0, kl_steps="all")
+    config = drakes(steps, last=1, kl_steps="all")
     p, q = (torch.log_softmax(each, 0) for each in logits)
     return float(terms(made, config, batch)["kl"].detach()), float((p.exp() * (p - q)).sum())
 
@@ -123,7 +135,7 @@ def divergence(found: Tensor) -> float:
 def words_kl(batch: int = 4000) -> float:
     """The mean path KL of a perturbed writer, over hard states."""
     made = tuning(perturbed(), Words().teacher(), soft_letters(), LENGTH)
-    return float(terms(made, drakes(last=1, kl=1.0, kl_steps="all"), batch)["kl"].detach())
+    return float(terms(made, drakes(last=1, kl_steps="all"), batch)["kl"].detach())
 
 
 @torch.no_grad()
@@ -156,7 +168,7 @@ def slope(tau: float, steps: int = 1, batch: int = 50_000) -> tuple[float, float
     """(cosine, ratio of norms) of the gradient through soft steps and the exact one of E r, for one letter."""
     logits, values = one_letter("check.drakes.student"), one_letter("check.drakes.values")
     made = tuning(coin(logits), coin(logits), linear(values), 1)
-    config = drakes(walk=settings.TokenWalk(steps=steps), last=steps, tau=tau, kl=0.0)
+    config = drakes(steps, steps, tau, kl=0.0)
     (found,) = torch.autograd.grad(-terms(made, config, batch)["reward"], list(made.player.tensors))
     p = torch.softmax(logits, 0)
     exact = p * (values - (p * values).sum())
@@ -186,13 +198,13 @@ class End:
     least: float
 
 
-def tuned(iterations: int = 60, lr: float = 5e-3, batch: int = 128, **more: object) -> Tensor:
+def tuned(kl: float, iterations: int = 60, lr: float = 5e-3, batch: int = 128) -> Tensor:
     """The law over the 81 words after tuning a writer with DRAKES."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         writer = Writer(Words())
     made = tuning(writer, Words().teacher(), soft_letters(), LENGTH, OPTIM.model_copy(update={"lr": lr}))
-    config = drakes(**more)
+    config = drakes(kl=kl)
     objective = Ascent(made, lambda ctx: backpropagate(made, config, ctx))
     Trainer(objective, Team("cpu"), 0, "check.drakes", iterations, batch).run()
     return law(writer)
@@ -211,7 +223,7 @@ def end(found: Tensor) -> End:
 
 def trade_off() -> list[Check]:
     """E r rises from -.130 as the price falls, for little more KL than it must cost; at no price one word is left."""
-    found = {kl: end(tuned(kl=kl)) for kl in (0.3, 0.1, 0.03, 0.0)}
+    found = {kl: end(tuned(kl)) for kl in (0.3, 0.1, 0.03, 0.0)}
     rewards = [each.reward for each in found.values()]
     rises = [b - a for a, b in zip(rewards, rewards[1:], strict=False)]
     return [

@@ -352,4 +352,4 @@ def first_hitting() -> FirstHitting:
 def argmax_rows(rows: Tensor, vocab: int) -> Tensor:
     """Straight-through rows [B,L,V]: one-hot of the largest token forward, the gradient of the soft row backward."""
     soft = rows[..., :vocab]
-    return F.one_hot(soft.argmax(-1), vocab).to(soft) + soft - soft.detach()
+    return F.one_hot(soft.argmax(-1), vocab).to(soft) + (soft - soft.detach())

@@ -1,15 +1,16 @@
 """What a recipe may say about sequences (torch-free)."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PlainValidator
 
 from limbeck.core.run.config import OptimConfig
-from limbeck.core.run.recipe import Strict
+from limbeck.core.run.recipe import Strict, piece
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 AlphabetName = Literal["dna", "rna", "protein"]
+Natural = Annotated[Any, PlainValidator(lambda value: None if value is None else piece("data", value, {}))]
 
 
 class Masked(Strict):
@@ -49,6 +50,27 @@ class Tuned(Strict):
     """The teacher to be tuned, with its walk of `steps`."""
 
     steps: Count = 64
+
+
+class Designs(Strict):
+    """How designs are shown, drawn and written."""
+
+    steps: Count = 64  # of the teacher's walk
+    n: Count = 1  # sequences of each prompt, where samples are asked for
+    shown: Count = 3  # sequences spelled out below a logo
+    alphabet: AlphabetName | None = None  # of recipes without a model; null: the model's
+
+
+class Quality(Strict):
+    """Designs beside the pretrained model's samples, natural sequences and what chance makes of those."""
+
+    count: Annotated[int, Field(ge=2)] = 64  # sequences of each generator
+    natural: Natural = None  # where natural sequences come from; null: the recipe's data
+    pool: Count = 4096  # natural sequences among which high scorers are sought
+    top: Share = 0.1  # of them that count as high scorers, by the trained rewards
+    kmer: Count | None = None  # null: 6 letters, 3 of a protein
+    steps: Count = 64  # of the pretrained model's walk, where the recipe does not say
+    levels: Count = 32  # times of the likelihood
 
 
 class Windows(Strict):

@@ -14,14 +14,16 @@ from torch import Tensor
 
 from limbeck.core.diffusion.denoiser import Denoiser, Model
 from limbeck.core.diffusion.discrete import MaskProcess
+from limbeck.core.rewards.base import sum_of
 from limbeck.core.rewards.panel import Panel, Split
 from limbeck.core.run import outside
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput
+from limbeck.core.scheduled import at
 from limbeck.domains.sequence import fasta, logo, tokens
 from limbeck.domains.sequence.text import Alphabet
 
-SPLITS: tuple[tuple[Split, str], ...] = (("train", "reward"), ("held_out", "held_out"))
+TOTALS: dict[Split, str] = {"train": "reward", "held_out": "held_out"}  # columns of weighted sums
 EVERY = 8  # places of which one is hidden when a model is asked what belongs there
 Site = tuple[int, int, int, str]  # first place (from 0), last + 1, strand (1, -1; 0: none), name
 
@@ -55,7 +57,7 @@ class Designs:
     @property
     def totals(self) -> dict[str, list[float]]:
         """The weighted sums alone."""
-        return {key: self.scores[key] for _, key in SPLITS if key in self.scores}
+        return {key: self.scores[key] for key in TOTALS.values() if key in self.scores}
 
 
 def judged(build: Build, ids: Tensor, prompts: list[str]) -> Designs:
@@ -63,30 +65,38 @@ def judged(build: Build, ids: Tensor, prompts: list[str]) -> Designs:
     model: Model = build.piece("teacher")
     scores = scored(build, ids, prompts) if answerable(build) else {}
     columns = {name: values.tolist() for name, values in scores.items()}
-    return Designs(ids.cpu(), prompts, columns, model.codec.alphabet)
+    return Designs(ids.cpu(), prompts, columns, letters(model))
+
+
+def letters(model: Model) -> Alphabet:
+    """The alphabet of a sequence model, which its codec keeps."""
+    codec: Any = model.codec
+    found: Alphabet = codec.alphabet
+    return found
 
 
 def answerable(build: Build) -> bool:
     """Whether the recipe has rewards and everything that they need is at hand."""
     if build.recipe.rewards is None:
         return False
-    known = {"program": outside.programs(), "address": outside.addresses()}
+    known: dict[str, Any] = {"program": outside.programs(), "address": outside.addresses()}
     return all(name in known[kind] for kind, name in outside.wanted(build.recipe.rewards.model_dump(mode="json")))
 
 
 @torch.no_grad()
-def scored(build: Build, ids: Tensor, prompts: list[str], chunk: int = 256) -> dict[str, Tensor]:
+def scored(
+    build: Build, ids: Tensor, prompts: list[str], splits: tuple[Split, ...] = ("train", "held_out"), chunk: int = 256
+) -> dict[str, Tensor]:
     """Column -> values [B] of ids [B,L]: `reward`, `held_out`, then each reward as `train: NAME`, `held_out: NAME`."""
     sums: dict[str, Tensor] = {}
     each: dict[str, Tensor] = {}
-    for split, total in SPLITS:
+    for split in splits:
         panel, parts = Panel.of(build, split), []
         for start in range(0, len(ids), chunk):
             cond = {"prompt": prompts[start : start + chunk]}
             parts.append(torch.stack(panel.each(ids[start : start + chunk].to(build.device), cond)).cpu())
         values = torch.cat(parts, 1)
-        weights = torch.tensor([weight if isinstance(weight, float) else 1.0 for _, weight in panel.parts])
-        sums[total] = (weights[:, None] * values).sum(0)
+        sums[TOTALS[split]] = sum_of(values.unbind(), [at(weight, build.step) for _, weight in panel.parts])
         for (reward, _), row in zip(panel.parts, values, strict=True):
             each[unused(f"{split}: {reward.name}", each)] = row
     return sums | each
@@ -172,12 +182,12 @@ def finders(build: Build) -> dict[str, Finds]:
     """The recipe's rewards that can say where in a sequence what they look for lies, by name."""
     if not answerable(build):
         return {}
-    panels = [Panel.of(build, split) for split, _ in SPLITS]
+    panels = [Panel.of(build, split) for split in TOTALS]
     found = {reward.name: reward.score for panel in panels for reward, _ in panel.parts}
     return {name: score for name, score in found.items() if hasattr(score, "sites")}  # type: ignore[misc]
 
 
-def as_probabilities(found: Designs, folder: Path, denoiser: Denoiser) -> Path:
+def as_probabilities(found: Designs, folder: Path, model: Model, denoiser: Denoiser) -> Path:
     """Letters' shares `frequency` [L,V], the designs `ids` [B,L], and `conditional` [B,L,V] of masked models.
 
     `conditional` is what the model expects at a place when it and every eighth place from it are hidden.
@@ -185,22 +195,22 @@ def as_probabilities(found: Designs, folder: Path, denoiser: Denoiser) -> Path:
     path, size = folder / "designs.safetensors", found.alphabet.size
     tensors = {"ids": found.ids.contiguous(), "frequency": logo.frequencies(found.ids, size).float()}
     if isinstance(denoiser.process, MaskProcess):
-        tensors["conditional"] = torch.cat(list(conditional(denoiser, found.ids))).contiguous()
+        tensors["conditional"] = torch.cat(list(conditional(model, denoiser, found))).contiguous()
     save_file(tensors, path, {"letters": found.alphabet.letters, "alphabet": found.alphabet.name})
     return path
 
 
 @torch.no_grad()
-def conditional(denoiser: Denoiser, ids: Tensor, chunk: int = 64) -> Iterator[Tensor]:
-    """p(letter | the letters that are not hidden) float32 [b,L,V], a chunk of ids [B,L] at a time."""
-    size, place = denoiser.process.vocab, torch.arange(ids.shape[1])  # type: ignore[attr-defined]
-    device = next(denoiser.parameters()).device
-    for part in ids.split(chunk):
+def conditional(model: Model, denoiser: Denoiser, found: Designs, chunk: int = 64) -> Iterator[Tensor]:
+    """p(letter | the letters that are not hidden) float32 [b,L,V], a chunk of designs at a time."""
+    size, place = found.alphabet.size, torch.arange(found.ids.shape[1])
+    for start in range(0, len(found.ids), chunk):
+        part, cond = found.ids[start : start + chunk], model.encode(found.prompts[start : start + chunk])
+        device = next(iter(cond.values())).device if cond else part.device
         out = torch.zeros(*part.shape, size)
         for offset in range(EVERY):
             hidden = place % EVERY == offset
-            x = torch.where(hidden, size, part).to(device)
-            pred: Any = denoiser.predict(x, torch.tensor(1 / EVERY), {})
+            pred: Any = denoiser.predict(torch.where(hidden, size, part).to(device), torch.tensor(1 / EVERY), cond)
             out[:, hidden] = pred.logp_x0.exp().float().cpu()[:, hidden]
         yield out
 
@@ -214,6 +224,6 @@ def write(build: Build, found: Designs, folder: Path, format: str) -> list[Path]
         "csv": lambda: as_csv(found, folder),
         "parquet": lambda: as_parquet(found, folder),
         "genbank": lambda: as_genbank(found, folder, finders(build)),
-        "probabilities": lambda: as_probabilities(found, folder, denoiser),
+        "probabilities": lambda: as_probabilities(found, folder, model, denoiser),
     }
     return [writers[format]()]

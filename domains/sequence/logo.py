@@ -117,9 +117,7 @@ def axis(page: Image.Image, y: int, top: float, first: int, count: int) -> None:
             draw.text(where, str(first + i + 1), fill=GREY, font=font(11), anchor="mt")
 
 
-def column(
-    page: Image.Image, foot: tuple[int, int], place: list[float], alphabet: Alphabet, top: float
-) -> None:
+def column(page: Image.Image, foot: tuple[int, int], place: list[float], alphabet: Alphabet, top: float) -> None:
     """One position's letters [V], the highest on top."""
     (x, base), done = foot, 0.0
     for bits, letter in sorted(zip(place, alphabet.letters, strict=True)):

@@ -33,7 +33,7 @@ def draw(model: Model, student: FewStep | ManyStep, prompts: list[str], seed: in
         rows = slice(start, start + CHUNK)
         first, *more = (one[rows].to(device) for one in noise)
         found.append(student.sample(first, model.encode(prompts[rows]), more).x.cpu())
-    return tokens.ids(torch.cat(found), model.codec.alphabet.size)
+    return tokens.ids(torch.cat(found), export.letters(model).size)
 
 
 def teacher_walk(model: Model, steps: int) -> ManyStep:
@@ -60,8 +60,7 @@ class DesignSpace:
             return ALPHABETS[self.config.alphabet]
         if not self._build.has("teacher"):
             raise BadInput("which letters? the recipe has no teacher: set space.alphabet to dna, rna or protein")
-        found: Alphabet = self._build.piece("teacher").codec.alphabet
-        return found
+        return export.letters(self._build.piece("teacher"))
 
     def prompts(self, build: Build, count: int) -> list[str]:
         """The recipe's sample prompts over and over, else those of the data, else empty ones."""
@@ -83,7 +82,9 @@ class DesignSpace:
         if isinstance(student, ManyStep):
             student = student.but(steps, guidance)
         elif (steps or student.steps) != student.steps or guidance is not None:
-            raise BadInput(f"this student has {student.steps} step(s) and no guidance; leave --steps and --guidance out")
+            raise BadInput(
+                f"this student has {student.steps} step(s) and no guidance; leave --steps and --guidance out"
+            )
         return draw(model, student, prompts, seed, build.device)
 
     def result(self, build: Build, prompts: list[str], seed: int) -> Tensor:
@@ -148,7 +149,11 @@ class DesignSpace:
         text = self._record(name, folder) if "." in name else self.alphabet.clean(name, "preference")
         wrong = next((i for i, letter in enumerate(text) if letter not in self.alphabet.letters), None)
         if wrong is not None or not text:
-            what = f"{text[wrong]} at position {wrong + 1} stands for several letters" if text and wrong is not None else ""
+            what = (
+                f"{text[wrong]} at position {wrong + 1} stands for several letters"
+                if text and wrong is not None
+                else ""
+            )
             raise BadInput(f"{clean(name, 60)}: {what or 'has no letters'}; spell the sequence out")
         return tokens.encode([text], self.alphabet)[0]
 

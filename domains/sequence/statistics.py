@@ -66,7 +66,7 @@ def nearest(ids: Tensor, natural: Tensor, size: int, shifts: int = 2, chunk: int
     best, length = torch.zeros(len(ids)), ids.shape[1]
     one = F.one_hot(ids, size + 1)[..., :size].float()
     moved = [shifted(one, step).flatten(1) for step in range(-min(shifts, length - 1), min(shifts, length - 1) + 1)]
-    for part in natural.split(chunk):
+    for part in torch.split(natural, chunk):
         other = F.one_hot(part.long(), size + 1)[..., :size].float().flatten(1).T
         for rows in moved:
             best = torch.maximum(best, (rows @ other).amax(1))

@@ -29,9 +29,7 @@ def made(tmp_path: Path, data: str | bytes, name: str = "own.fa") -> Path:
     ],
     ids=["crlf, lower, U", "cr", "blank line, T in RNA", "bom", "gz without suffix"],
 )
-def test_what_is_normalised(
-    data: str | bytes, alphabet: Alphabet, want: list[tuple[str, str]], tmp_path: Path
-) -> None:
+def test_what_is_normalised(data: str | bytes, alphabet: Alphabet, want: list[tuple[str, str]], tmp_path: Path) -> None:
     assert [(r.id, r.text) for r in fasta.read(made(tmp_path, data), alphabet)] == want
 
 
@@ -94,7 +92,7 @@ def test_what_is_written_is_read_by_biopython(tmp_path: Path) -> None:
 
 
 def test_a_table_is_read(tmp_path: Path) -> None:
-    text = "\ufeffname,Value,sequence\r\nx,1.5,acgu\r\n\r\ny,-2e3,\"AC GT\"\r\n"
+    text = '\ufeffname,Value,sequence\r\nx,1.5,acgu\r\n\r\ny,-2e3,"AC GT"\r\n'
     assert fasta.read_table(made(tmp_path, text), DNA) == (["ACGT", "ACGT"], [1.5, -2000.0])
     assert fasta.read_table(made(tmp_path, gzip.compress(text.encode())), DNA)[1] == [1.5, -2000.0]
 

@@ -57,9 +57,7 @@ def test_novelty_sees_a_copy_that_has_moved() -> None:
     assert float(statistics.novelty(moved, natural, 4)) == pytest.approx(2 / 40)
     assert float(statistics.novelty(moved.flip(1), natural.flip(1), 4)) == pytest.approx(2 / 40)
     assert float(statistics.novelty(far, natural, 4)) > 0.3
-    assert torch.equal(
-        statistics.nearest(moved, natural, 4, chunk=7), statistics.nearest(moved, natural, 4)
-    )
+    assert torch.equal(statistics.nearest(moved, natural, 4, chunk=7), statistics.nearest(moved, natural, 4))
     with pytest.raises(BadInput, match="one length"):
         statistics.novelty(random(1, 8), natural, 4)
 

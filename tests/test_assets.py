@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.domains import image
+from limbeck.domains import image, sequence
 
-ASSETS = Path(image.__file__).parent / "assets"
-FOLDERS = sorted(path for path in ASSETS.iterdir() if path.is_dir())
+ASSETS = [Path(str(domain.__file__)).parent / "assets" for domain in (image, sequence)]
+FOLDERS = sorted(path for assets in ASSETS for path in assets.iterdir() if path.is_dir())
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
@@ -27,4 +27,4 @@ def test_a_licence_lies_beside_the_data(folder: Path) -> None:
 
 
 def test_all_together_stay_small() -> None:
-    assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) < 100 * 2**20
+    assert sum(path.stat().st_size for assets in ASSETS for path in assets.rglob("*") if path.is_file()) < 100 * 2**20
