@@ -13,11 +13,23 @@ AlphabetName = Literal["dna", "rna", "protein"]
 Natural = Annotated[Any, PlainValidator(lambda value: None if value is None else piece("data", value, {}))]
 
 
+class Design(Strict):
+    """What every design keeps to."""
+
+    template: str | None = None  # IUPAC codes, a letter a place
+    avoid: str | None = None  # words such as GAATTC,GGATCC; for DNA on both strands
+    gc: str | None = None  # shares such as 0.4-0.6
+    homopolymer: Count | None = None  # letters of the longest run
+    omit: str | None = None  # letters that do not occur
+    bias: dict[str, float] = {}  # nats that are added to a letter's logit
+
+
 class Masked(Strict):
     """A masked model: the name of an embedded one, or a folder that `limbeck export` wrote."""
 
     model: str = "fly-upstream"
     length: Count | None = None  # letters a sequence; null: what it was trained on
+    design: Design = Design()
 
 
 class Cnn(Strict):
@@ -66,7 +78,7 @@ class Quality(Strict):
 
     count: Annotated[int, Field(ge=2)] = 64  # sequences of each generator
     natural: Natural = None  # where natural sequences come from; null: the recipe's data
-    pool: Count = 4096  # natural sequences among which high scorers are sought
+    pool: Count = 8192  # natural sequences among which high scorers are sought
     top: Share = 0.1  # of them that count as high scorers, by the trained rewards
     kmer: Count | None = None  # null: 6 letters, 3 of a protein
     steps: Count = 64  # of the pretrained model's walk, where the recipe does not say
@@ -141,17 +153,6 @@ class Oracle(Strict):
     rule: Literal["mean", "min", "lower"] = "lower"
     width: Annotated[float, Field(ge=0)] = 1.0  # of the lower confidence bound, in deviations of the members
     strands: Literal["given", "both"] = "given"  # "both": the mean over the sequence and its reverse complement
-
-
-class Design(Strict):
-    """What every design keeps to."""
-
-    template: str | None = None  # IUPAC codes, a letter a place
-    avoid: str | None = None  # words such as GAATTC,GGATCC; for DNA on both strands
-    gc: str | None = None  # shares such as 0.4-0.6
-    homopolymer: Count | None = None  # letters of the longest run
-    omit: str | None = None  # letters that do not occur
-    bias: dict[str, float] = {}  # nats that are added to a letter's logit
 
 
 class Splice(Strict):

@@ -118,7 +118,7 @@ def barred(rules: Rules) -> None:
     """BadInput where the template leaves no letter, or spells a forbidden word whatever its codes become."""
     for place, row in enumerate(rules.allowed.any(1).tolist()):
         if not row:
-            raise BadInput(f"design.omit leaves no letter for position {place + 1} ({rules.template[place]}); allow one")
+            raise BadInput(f"design.omit leaves no letter for {rules.template[place]} at position {place + 1}; admit one")
     fixed = "".join(spelled(row, rules.alphabet) for row in rules.allowed)
     for text in violations([fixed], replace(rules, gc=None, omit="")):
         raise BadInput(f"design.template cannot be kept: {text.removeprefix('sequence 1: ')}")

@@ -97,9 +97,15 @@ def scored(
             parts.append(torch.stack(panel.each(ids[start : start + chunk].to(build.device), cond)).cpu())
         values = torch.cat(parts, 1)
         sums[TOTALS[split]] = sum_of(values.unbind(), [at(weight, build.step) for _, weight in panel.parts])
-        for (reward, _), row in zip(panel.parts, values, strict=True):
-            each[unused(f"{split}: {reward.name}", each)] = row
+        for name, row in zip(names(build, panel, split), values, strict=True):
+            each[unused(f"{split}: {name}", each)] = row
     return sums | each
+
+
+def names(build: Build, panel: Panel, split: Split) -> list[str]:
+    """What the rewards of a panel call themselves (`oracle fly-a`), else their kinds."""
+    pieces = [build.piece(f"rewards.{split}.{i}") for i in range(len(panel.parts))]
+    return [getattr(one, "name", reward.name) for one, (reward, _) in zip(pieces, panel.parts, strict=True)]
 
 
 def unused(name: str, taken: dict[str, Tensor]) -> str:
@@ -167,6 +173,7 @@ def genbank_record(found: Designs, number: int, name: str, text: str, finders: d
     record = fasta.biopython("SeqRecord").SeqRecord(seq.Seq(text), id=name, name=name)
     record.description = " ".join(["designed sequence", *(f"{k}={v[number]:.4g}" for k, v in found.totals.items())])
     record.annotations = {"molecule_type": kind, "data_file_division": "SYN", "topology": "linear"}
+    record.annotations |= {"source": "synthetic construct", "organism": "synthetic construct"}
     record.features = [feature(*mark) for mark in marks]
     return record
 
@@ -182,9 +189,11 @@ def finders(build: Build) -> dict[str, Finds]:
     """The recipe's rewards that can say where in a sequence what they look for lies, by name."""
     if not answerable(build):
         return {}
-    panels = [Panel.of(build, split) for split in TOTALS]
-    found = {reward.name: reward.score for panel in panels for reward, _ in panel.parts}
-    return {name: score for name, score in found.items() if hasattr(score, "sites")}  # type: ignore[misc]
+    found: dict[str, Any] = {}
+    for split in TOTALS:
+        panel = Panel.of(build, split)
+        found |= {n: part.score for n, (part, _) in zip(names(build, panel, split), panel.parts, strict=True)}
+    return {name: score for name, score in found.items() if hasattr(score, "sites")}
 
 
 def as_probabilities(found: Designs, folder: Path, model: Model, denoiser: Denoiser) -> Path:

@@ -29,11 +29,11 @@ FEWEST = 8  # natural sequences that say anything about k-mers
 
 @dataclass(frozen=True)
 class Natural:
-    """Natural sequences: all that are known, and the high scorers in two halves, of which designs are held to one."""
+    """Natural sequences: all that are known, and the high scorers, of which the most are what designs are held to."""
 
     known: Tensor  # [M,L], for novelty
     reference: Tensor
-    other: Tensor
+    other: Tensor  # as many as there are designs, at most half: what natural sequences reach themselves
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,10 @@ def naturals(config: settings.Quality, build: Build) -> Natural | None:
         return None
     both = [part for part in (getattr(data, name, None) for name in ("train", "held")) if part is not None]
     known = torch.cat(both) if both else pool
-    return Natural(known, *statistics.halves(high(config, build, pool), generator(build.seed, "quality.halves", 0)))
+    best, gen = high(config, build, pool), generator(build.seed, "quality.halves", 0)
+    best = best[torch.randperm(len(best), generator=gen)]
+    cut = min(config.count, len(best) // 2)
+    return Natural(known, best[cut:], best[:cut])
 
 
 def model_length(build: Build) -> int:
@@ -129,17 +132,21 @@ def high(config: settings.Quality, build: Build, pool: Tensor) -> Tensor:
 
 def nulls(config: settings.Quality, build: Build, natural: Natural) -> Iterator[Made]:
     """What k-mer correlations, rewards and likelihoods mean: other high scorers, their chain, their letters alone."""
-    other, size = natural.other[: config.count], export.letters(build.piece("teacher")).size
+    other, size = natural.other, export.letters(build.piece("teacher")).size
     texts = [build.piece("teacher").uncond] * config.count
     gen = generator(build.seed, "quality.nulls", 0)
-    chain = statistics.markov(natural.other, config.count, size, gen)
-    yield Made("natural", "the other half", other, texts[: len(other)])
+    chain = statistics.markov(torch.cat([natural.reference, other]), config.count, size, gen)
+    yield Made("natural", "other high scorers", other, texts[: len(other)])
     yield Made("Markov", "first-order chain", chain, texts)
     yield Made("shuffled", "natural letters", statistics.shuffled(other, gen), texts[: len(other)])
 
 
 def row(config: settings.Quality, build: Build, made: Made, natural: Natural | None) -> Row:
-    """One generator: medians of rewards, the held-out reward's 95th percentile, and what its letters are like."""
+    """One generator: medians of rewards, the held-out reward's 95th percentile, and what its letters are like.
+
+    A k-mer correlation grows with the number of sequences: the nulls beside it have as many as the designs, where
+    there are enough natural high scorers (the column `sequences` says).
+    """
     model: Model = build.piece("teacher")
     alphabet = export.letters(model)
     out: Row = {"generator": made.generator, "by": made.by, "sequences": len(made.ids)}

@@ -169,10 +169,12 @@ class DesignSpace:
     def export(self, build: Build, path: Path, format: str) -> list[Path]:
         """Draws sample.count designs of the recipe's result (`n` times as many) and writes them in one of `formats`."""
         path.mkdir(parents=True, exist_ok=True)
-        if format == "png":
+        if format == "png" and not build.has("sampler"):
             return self.show(build, build.step, path)
         prompts = self.prompts(build, build.recipe.sample.count * self.config.n)
         x = self.result(build, prompts, build.recipe.seed)
+        if format == "png":
+            return [self.grid(build, {build.recipe.sampler.kind: x}, prompts, path / "designs.png")]
         return export.write(build, export.judged(build, x, prompts), path, format)
 
 

@@ -47,7 +47,7 @@ def identity(ids: Tensor, size: int) -> float:
     n, length = ids.shape
     if n < 2:
         return 1.0
-    counts = F.one_hot(ids, size + 1)[..., :size].sum(0).double()
+    counts = ones(ids, size).sum(0).double()
     return float((counts * (counts - 1)).sum() / (n * (n - 1) * length))
 
 
@@ -56,7 +56,7 @@ def diversity(ids: Tensor, size: int) -> float:
     return 1 - identity(ids, size)
 
 
-def nearest(ids: Tensor, natural: Tensor, size: int, shifts: int = 2, chunk: int = 8192) -> Tensor:
+def nearest(ids: Tensor, natural: Tensor, size: int, shifts: int = 1, chunk: int = 8192) -> Tensor:
     """The identity [N] of each row of ids [N,L] to the nearest row of natural [M,L], over shifts of up to `shifts`.
 
     Letters that a shift leaves without a partner count as different, so that a copy one place further has (L-1)/L.
@@ -64,13 +64,18 @@ def nearest(ids: Tensor, natural: Tensor, size: int, shifts: int = 2, chunk: int
     if ids.shape[1] != natural.shape[1]:
         raise BadInput(f"natural sequences have {natural.shape[1]} letters and designs {ids.shape[1]}; use one length")
     best, length = torch.zeros(len(ids)), ids.shape[1]
-    one = F.one_hot(ids, size + 1)[..., :size].float()
+    one = ones(ids, size)
     moved = [shifted(one, step).flatten(1) for step in range(-min(shifts, length - 1), min(shifts, length - 1) + 1)]
     for part in torch.split(natural, chunk):
-        other = F.one_hot(part.long(), size + 1)[..., :size].float().flatten(1).T
+        other = ones(part, size).flatten(1).T
         for rows in moved:
             best = torch.maximum(best, (rows @ other).amax(1))
     return best / length
+
+
+def ones(ids: Tensor, size: int) -> Tensor:
+    """One-hot rows [N,L,V] float32 of ids of any integer type; zeros for a mask."""
+    return (ids[..., None] == torch.arange(size, dtype=ids.dtype, device=ids.device)).float()
 
 
 def shifted(rows: Tensor, step: int) -> Tensor:
@@ -79,7 +84,7 @@ def shifted(rows: Tensor, step: int) -> Tensor:
     return F.pad(rows, (0, 0, max(step, 0), max(-step, 0)))[:, max(-step, 0) : max(-step, 0) + length]
 
 
-def novelty(ids: Tensor, natural: Tensor, size: int, shifts: int = 2) -> Tensor:
+def novelty(ids: Tensor, natural: Tensor, size: int, shifts: int = 1) -> Tensor:
     """1 - the identity to the nearest natural sequence, [N]."""
     return 1 - nearest(ids, natural, size, shifts)
 

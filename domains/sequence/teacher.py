@@ -10,12 +10,17 @@ from limbeck.core.diffusion.manystep import ManyStep
 from limbeck.core.run.build import Build
 from limbeck.domains.sequence import config as settings
 from limbeck.domains.sequence import models
+from limbeck.domains.sequence.constraints import constrained_model
+from limbeck.domains.sequence.text import ALPHABETS
 
 
 def masked(config: settings.Masked, build: Build) -> Model:
     """Factory of sequence.masked."""
     net, meta = models.load(config.model)
-    return models.model(net.requires_grad_(False).to(build.device), meta, config.length, config.model)
+    model = models.model(net.requires_grad_(False).to(build.device), meta, config.length, config.model)
+    if config.design == settings.Design():
+        return model
+    return constrained_model(model, config.design, ALPHABETS[meta["alphabet"]])
 
 
 def fresh(config: settings.Fresh, build: Build) -> Model:

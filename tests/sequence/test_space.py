@@ -1,7 +1,6 @@
 """The space of designs: files that Biopython, pyarrow and safetensors read back, pictures, preferences, programs."""
 
 import csv
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +43,7 @@ def strong(x: torch.Tensor, cond: Any, *, t: Any, gen: Any) -> torch.Tensor:
 def built(tiny: Any, tmp_path: Path) -> Callable[..., Build]:
     """A design recipe around the tiny model, with rewards that need no file."""
 
-    def make(alphabet: str = "dna", rewards: bool = True, **more: Any) -> Build:
+    def make(alphabet: str = "dna", rewards: bool = True, **changes: Any) -> Build:
         oracle = {"kind": "sequence.oracle", "model": "unused"}
         data = {
             "name": "designs", "job": "sample", "steps": 1, "batch": 1, "sample": {"count": 6},
@@ -52,7 +51,7 @@ def built(tiny: Any, tmp_path: Path) -> Callable[..., Build]:
             "student": {"kind": "sequence.tuned", "steps": 5}, "space": {"kind": "sequence.designs", "steps": 5},
             "rewards": {"train": [oracle, oracle], "held_out": [oracle]} if rewards else None,
         }  # fmt: skip
-        build = Build(recipes.of({**data, **more}), folder=tmp_path)
+        build = Build(recipes.of({**data, **changes.pop("also", {}), **changes}), folder=tmp_path)
         build._pieces["teacher"] = tiny.tiny_model(ALPHABETS[alphabet], LENGTH)
         build._pieces["rewards.train.0"] = Reward(Words(), "words", "tokens")
         build._pieces["rewards.train.1"] = build._pieces["rewards.held_out.0"] = Reward(strong, "strong", "onehot")
@@ -154,9 +153,7 @@ def test_genbank_marks_what_rewards_look_for(built: Callable[..., Build], tmp_pa
         protein.piece("space").export(protein, tmp_path / "protein", "genbank")
 
 
-def test_probabilities_are_what_the_model_expects_of_hidden_places(
-    built: Callable[..., Build], tmp_path: Path
-) -> None:
+def test_probabilities_are_what_the_model_expects_of_hidden_places(built: Callable[..., Build], tmp_path: Path) -> None:
     build = built()
     (path,) = build.piece("space").export(build, tmp_path / "p", "probabilities")
     with safe_open(path, "pt") as file:
@@ -200,11 +197,9 @@ def test_a_program_gets_one_fasta_file_in_the_order_of_the_rows(built: Callable[
         assert found == want
 
 
-def test_what_a_reward_elsewhere_would_say_is_left_out_of_samples(
-    built: Callable[..., Build], tmp_path: Path
-) -> None:
+def test_what_a_reward_elsewhere_would_say_is_left_out_of_samples(built: Callable[..., Build], tmp_path: Path) -> None:
     both = {split: [{"kind": "program", "name": "mine"}] for split in ("train", "held_out")}
-    build = built(**{"rewards": both})
+    build = built(also={"rewards": both})
     path = build.piece("space").sample(build, [""], 0, tmp_path)[0]
     assert next(SeqIO.parse(path, "fasta")).description == "design-0001"
 
@@ -239,4 +234,6 @@ def test_a_recipe_with_a_sampler_exports_what_it_draws(built: Callable[..., Buil
         for n, b in (("best", build), ("plain", plain))
     )
     assert len(best) == 6 and sum(best) > sum(usual)
-    assert json.dumps(best)  # plain numbers
+    (picture,) = build.piece("space").export(build, tmp_path / "png", "png")
+    (alone,) = plain.piece("space").export(plain, tmp_path / "alone", "png")
+    assert picture.name == "designs.png" and Image.open(picture).height * 2 == Image.open(alone).height
