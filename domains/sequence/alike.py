@@ -37,4 +37,5 @@ def groups(ids: Tensor, k: int, size: int) -> Tensor:
             least = torch.full((int(key.max()) + 1,), len(ids)).scatter_reduce(0, key, label, "amin")
             label = torch.minimum(label, least[key])
         if torch.equal(label, before):
-            return torch.unique(label, return_inverse=True)[1]
+            numbered: Tensor = torch.unique(label, return_inverse=True)[1]
+            return numbered

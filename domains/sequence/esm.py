@@ -21,6 +21,8 @@ class Esm(nn.Module):
     """Logits [B,L,20] of ids [B,L] or soft rows [B,L,21] (the last column is the mask); any length."""
 
     meta: dict[str, Any]
+    place: Tensor
+    esm: Any
 
     def __init__(self, esm: EsmForMaskedLM, vocabulary: tuple[str, ...] = VOCABULARY) -> None:
         super().__init__()
@@ -41,7 +43,8 @@ class Esm(nn.Module):
         whole = torch.cat([ends[:, :1], inner, ends[:, 1:]], 1) * scale
         present = torch.ones(whole.shape[:2], device=whole.device)
         logits = self.esm(inputs_embeds=whole, attention_mask=present).logits
-        return logits[:, 1:-1, self.place[:20]]
+        found: Tensor = logits[:, 1:-1, self.place[:20]]
+        return found
 
 
 def fresh(net: dict[str, Any]) -> Esm:

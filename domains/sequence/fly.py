@@ -61,7 +61,8 @@ def regions() -> Regions:
 def windows(role: Role) -> Tensor:
     """Every tile of 200 bases of a role's regions, each once, ids [M,200] uint8."""
     tiles = regions().of(role).bases.reshape(-1, WINDOW)
-    return torch.unique(tiles, dim=0)
+    found: Tensor = torch.unique(tiles, dim=0)
+    return found
 
 
 def interval(found: Regions, low: int, high: int) -> Tensor:
@@ -88,7 +89,7 @@ def overlapping(found: Regions) -> Tensor:
     """Whether each region's distal window touches a proximal window of the same arm, [N] bool."""
     near, far = interval(found, LENGTH - WINDOW, LENGTH), interval(found, WINDOW, 2 * WINDOW)
     out = torch.zeros(len(far), dtype=torch.bool)
-    for arm in found.arm.unique():
+    for arm in range(len(ARMS)):
         here = found.arm == arm
         first = near[here, 0].sort().values  # windows have one length: the next start tells of any overlap
         place = torch.searchsorted(first, far[here, 0] - WINDOW, right=True).clamp(max=len(first) - 1)

@@ -21,7 +21,8 @@ class Block(nn.Module):
         self.mix = nn.Conv1d(width, width, 1)
 
     def forward(self, h: Tensor) -> Tensor:
-        return h + self.mix(F.gelu(self.conv(F.gelu(self.norm(h)))))
+        change: Tensor = self.mix(F.gelu(self.conv(F.gelu(self.norm(h)))))
+        return h + change
 
 
 class DilatedCNN(nn.Module):
@@ -44,7 +45,8 @@ class DilatedCNN(nn.Module):
         h = self.embed(rows(x, self.size).to(self.embed.weight.dtype).transpose(1, 2))
         for block in self.blocks:
             h = block(h)
-        return self.out(h).transpose(1, 2)
+        logits: Tensor = self.out(h)
+        return logits.transpose(1, 2)
 
 
 def thinned(h: Tensor, share: float, gen: torch.Generator | None) -> Tensor:
@@ -59,6 +61,8 @@ class Pooled(nn.Module):
     """An oracle of two convolutions: maxima over the sequence, one number; mean and deviation are those of its data."""
 
     space = "onehot"
+    centre: Tensor
+    scale: Tensor
 
     def __init__(self, size: int, width: int, kernel: int, dropout: float) -> None:
         super().__init__()
@@ -77,13 +81,16 @@ class Pooled(nn.Module):
         """In deviations from the data's mean, [B]; a generator switches dropout on."""
         h = F.max_pool1d(F.gelu(self.first(x.to(self.first.weight.dtype).transpose(1, 2))), 4, ceil_mode=True)
         h = F.gelu(self.second(h))
-        return self.head(thinned(torch.cat([h.amax(2), h.mean(2)], 1), self.dropout, gen))[:, 0].float()
+        out: Tensor = self.head(thinned(torch.cat([h.amax(2), h.mean(2)], 1), self.dropout, gen))
+        return out[:, 0].float()
 
 
 class Attentive(nn.Module):
     """An oracle of another build: dilated residual convolutions and a learned weighting of places."""
 
     space = "onehot"
+    centre: Tensor
+    scale: Tensor
 
     def __init__(self, size: int, width: int, kernel: int, dropout: float) -> None:
         super().__init__()
@@ -106,7 +113,8 @@ class Attentive(nn.Module):
             h = block(h)
         shares = torch.softmax(self.gate(h).float(), 2).to(h.dtype)
         pooled = torch.einsum("bgl,bwl->bgw", shares, F.gelu(self.value(h))).flatten(1)
-        return self.head(thinned(pooled, self.dropout, gen))[:, 0].float()
+        out: Tensor = self.head(thinned(pooled, self.dropout, gen))
+        return out[:, 0].float()
 
 
 READERS = {"pooled": Pooled, "attentive": Attentive}

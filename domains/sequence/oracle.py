@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,12 @@ def reader(config: settings.Reader, build: Build) -> nn.Module:
     """Factory of the student sequence.reader."""
     size = ALPHABETS[config.alphabet].size
     return READERS[config.net](size, config.width, config.kernel, config.dropout).to(build.device)
+
+
+def read(member: Any, x: Tensor, gen: torch.Generator) -> Tensor:
+    """What a member says while it learns, in deviations from the data's mean, [b]."""
+    found: Tensor = member.raw(x, gen)
+    return found
 
 
 def loss(task: str, raw: Tensor, y: Tensor) -> Tensor:
@@ -76,7 +83,7 @@ class Fitting:
         x = tokens.onehot(self.data.x[index].long(), self.size).to(device)
         centre, scale = moments(self.config.task, self.data.y)
         y = ((self.data.y[index] - centre) / scale).to(device)
-        found = loss(self.config.task, torch.stack([member.raw(x, gen) for member in self.model.members]), y)
+        found = loss(self.config.task, torch.stack([read(member, x, gen) for member in self.model.members]), y)
         return (found if self.weights is None else found * self.weights[:, index].to(found)).mean(1).sum()
 
     def state(self) -> dict[str, Tensor]:
@@ -104,8 +111,8 @@ def fitting(config: settings.Fit, build: Build, student: nn.Module, data: Labell
     model = scorers(student.train())
     centre, scale = moments(config.task, data.y)
     for member in model.members:
-        member.centre.fill_(centre)
-        member.scale.fill_(scale)
+        member.get_buffer("centre").fill_(centre)
+        member.get_buffer("scale").fill_(scale)
     weights = (
         draws_of(data.count, len(model.members), build.seed) if config.bootstrap and len(model.members) > 1 else None
     )
@@ -124,9 +131,9 @@ def answers(model: Scorers, x: Tensor, size: int, device: torch.device, chunk: i
 
 def auroc(score: Tensor, y: Tensor) -> float:
     """The chance that a positive scores above a negative; ties count half."""
-    order = torch.unique(score, return_inverse=True)[1].double()
-    counts = torch.bincount(order.long()).double()
-    rank = (counts.cumsum(0) - counts / 2 + 0.5)[order.long()]
+    known, order = score.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    counts = torch.bincount(order, minlength=len(known)).double()
+    rank = (counts.cumsum(0) - counts / 2 + 0.5)[order]
     positive = y > 0.5
     n, m = int(positive.sum()), int((~positive).sum())
     return float((rank[positive].sum() - n * (n + 1) / 2) / max(1, n * m))
@@ -141,7 +148,7 @@ def spearman(a: Tensor, b: Tensor) -> float:
 def judged(found: Tensor, y: Tensor) -> Row:
     """What answers [M,N] are worth for values y [N]: AUROC for yes and no, else correlations; and of the spread."""
     mean = found.mean(0)
-    if set(y.unique().tolist()) <= {0.0, 1.0}:
+    if bool(((y == 0) | (y == 1)).all()):
         return {"AUROC": auroc(mean, y), "accuracy": float(((mean > 0) == (y > 0.5)).float().mean())}
     out: Row = {"Pearson": float(torch.corrcoef(torch.stack([mean, y]))[0, 1]), "Spearman": spearman(mean, y)}
     out["RMSE"] = float((mean - y).square().mean().sqrt())
@@ -178,7 +185,8 @@ def share_of(data: Labelled, share: float) -> Labelled:
 def learned_again(build: Build, data: Labelled) -> nn.Module:
     """A fresh student on other data, with the recipe's own loss, steps and batch (plain Adam at its rate)."""
     recipe = build.recipe
-    student, config = build.part("student", recipe.student), recipe.stages[-1].losses[0]
+    student: nn.Module = build.part("student", recipe.student)
+    config = recipe.stages[-1].losses[0]
     fit = fitting(config, replace(build), student, data)
     optimiser = torch.optim.Adam(student.parameters(), lr=1e-3)
     for step in range(recipe.steps):
@@ -186,7 +194,7 @@ def learned_again(build: Build, data: Labelled) -> nn.Module:
         index = torch.randint(data.count, (recipe.batch,), generator=gen)
         optimiser.zero_grad()
         with torch.enable_grad():
-            fit.at(index, build.device, gen).backward()
+            torch.autograd.backward(fit.at(index, build.device, gen))
         optimiser.step()
     return student
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 from limbeck.core.diffusion.denoiser import Model
 from limbeck.core.diffusion.manystep import ManyStep
@@ -38,6 +39,6 @@ def tuned(config: settings.Tuned, build: Build) -> ManyStep:
 def export(build: Build, path: Path) -> list[Path]:
     """Exporter `masked`: what the run trained, as a folder that `sequence.masked` and `model:` take."""
     model: Model = build.piece("teacher")
-    trained = build.piece("student").denoiser if build.has("student") else model.denoiser
+    trained: Any = build.piece("student").denoiser if build.has("student") else model.denoiser
     net = trained.network.net
     return models.save(net, path, {**net.meta, "length": model.shape[0], "name": build.recipe.name})
