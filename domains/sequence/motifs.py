@@ -86,8 +86,8 @@ def library() -> dict[str, Motif]:
     found = load_file(ASSET / FILE)
     lines = bytes(found["lines"].tolist()).decode().splitlines()
     parts = torch.split(found["counts"], found["widths"].tolist())
-    rows = [Motif(*line.split("\t"), counts) for line, counts in zip(lines, parts, strict=True)]
-    return {row.id: row for row in rows}
+    rows = [(line.split("\t"), counts) for line, counts in zip(lines, parts, strict=True)]
+    return {id: Motif(id, name, group, counts) for (id, name, group), counts in rows}
 
 
 def motif(text: str) -> Motif:
