@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from limbeck.core.diffusion.cached import RowCache
 from limbeck.core.diffusion.denoiser import Call, Denoiser, Encoded, Features, Network, Output, Prediction, plain_call
 from limbeck.core.diffusion.draws import Generator
 from limbeck.core.diffusion.draws import uniform as uniform_draws
@@ -200,7 +201,10 @@ def _carry_over(logp: Tensor, known: Tensor) -> Tensor:
 
 
 class TokenNetwork(Denoiser):
-    """A net call(net, x, time, cond) -> logits [B,L,V] or [B,L,V+1] behind the discrete seam; x is ids or rows."""
+    """A net call(net, x, time, cond) -> logits [B,L,V] or [B,L,V+1] behind the discrete seam; x is ids or rows.
+
+    A net that is not `timed` reads no time: its walks keep what it said of rows that did not change.
+    """
 
     def __init__(
         self,
@@ -208,9 +212,13 @@ class TokenNetwork(Denoiser):
         process: TokenProcess,
         call: Call = plain_call,
         time_scale: float = 1.0,
+        timed: bool = True,
     ) -> None:
         super().__init__(process, "logp")
-        self.network = Network(net, process, "logp", call, time_scale)
+        self.network, self.timed = Network(net, process, "logp", call, time_scale), timed
+
+    def begin(self, times: Tensor) -> Denoiser:
+        return self if self.timed else RowCache(self)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Encoded, features: bool = False) -> Output:
         return self.network.call(self.network.net, x_t, t * float(self.network.time_scale), cond)

@@ -75,8 +75,8 @@ def errors(pred: Prediction, x0: Tensor, eps: Tensor, config: settings.Denoising
 def token_errors(pred: DiscretePrediction, x0: Tensor) -> Tensor:
     """Nats a token [B]: of ids x0 [B,L] under p(x0 | x_t).
 
-    Masked tokens: MDLM's bound (Sahoo et al. 2024, eq. 10), -alpha'/(1 - alpha) times what the masked ones cost, so that
-    its mean over t uniform in [0,1] bounds the negative log-likelihood. Uniform noise: the cross-entropy of all tokens
+    Masked tokens: MDLM's bound (Sahoo et al. 2024, eq. 10), -alpha'/(1 - alpha) times what the masked ones cost, whose
+    mean over t uniform in [0,1] bounds the negative log-likelihood. Uniform noise: the cross-entropy of all tokens
     (the auxiliary loss of D3PM), which has the same minimum and is no bound.
     """
     process, cost = pred.process, -pred.logp_x0.gather(-1, x0.long()[..., None])[..., 0]

@@ -57,6 +57,12 @@ class Svdd(Plain):
     draws: Count | None = None
 
 
+class Classifier(Plain):
+    """Classifier guidance on tokens: the reward's slope at what is predicted, added to the logits."""
+
+    scale: Annotated[float, Field(ge=0)] = 10.0  # 1/T of the tilt that it would draw were the reward linear
+
+
 class Reno(Config):
     """ReNO: the initial noise of a few-step student is moved along the gradient of the reward."""
 

@@ -21,6 +21,7 @@ from limbeck.core.run.rng import generator
 from limbeck.core.scheduled import at
 from limbeck.core.steering import config as settings
 from limbeck.core.steering import noise as noises
+from limbeck.core.steering.gradient import GradientGuided
 from limbeck.core.steering.particles import Steering, best_of, importance, steer
 from limbeck.core.steering.value import lookahead, plug_in, select
 
@@ -185,6 +186,23 @@ def build_svdd(config: settings.Svdd, build: Build) -> Sampler:
         x = select(*args, begin.cond, begin.gen, config.choice)
         steps = config.walk.steps
         return Drawn(x, score(x), steps + config.candidates * (steps - 1))  # the last value is the reward itself
+
+    return draw
+
+
+def build_cg(config: settings.Classifier, build: Build) -> Sampler:
+    """Factory of cg; the trained rewards must have a gradient."""
+    bench = Bench.of(config, build)
+    panel = bench.panel.needed_differentiable("cg")
+
+    @torch.no_grad()
+    def draw(prompts: list[str], seed: int) -> Drawn:
+        begin = bench.start(prompts, 1, seed)
+        guided = GradientGuided(bench.denoiser, lambda rows: panel.value(rows, begin.raw), config.scale)
+        x = begin.x
+        for step in trajectory(guided, bench.kernel, x, bench.times, begin.cond, begin.gen):
+            x = step.x_next
+        return Drawn(x, bench.score(begin.raw)(x), config.walk.steps)
 
     return draw
 

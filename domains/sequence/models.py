@@ -48,7 +48,7 @@ def network(meta: Meta) -> nn.Module:
 def model(net: nn.Module, meta: Meta, length: int | None, name: str) -> Model:
     """A net with everything around it; a prompt is a template of the model's length, or empty."""
     alphabet = ALPHABETS[meta["alphabet"]]
-    denoiser = TokenNetwork(net, MaskProcess(alphabet.size), call)
+    denoiser = TokenNetwork(net, MaskProcess(alphabet.size), call, timed=False)
     length = length or meta["length"]
     encode = Templates(alphabet, length, next(net.parameters()).device)
     return Model(denoiser, (length,), tokens.Letters(alphabet), encode, name, place=encode.place)
