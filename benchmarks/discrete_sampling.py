@@ -44,9 +44,7 @@ def main() -> None:
     """A line for each batch size and number of steps."""
     torch.set_num_threads(2)
     net, _ = models.load("fly-upstream")
-    print(
-        "| steps | batch | rows a sequence: whole batch | each row | fewer | sequences a second | | faster | same letters |"
-    )
+    print("| steps | batch | rows a sequence: whole batch | each row | fewer | sequences/s | | faster | same |")
     print("|---|---|---|---|---|---|---|---|---|")
     for steps in (128, 1000):
         for batch in (1, 4, 16, 64):

@@ -1,14 +1,14 @@
 """Masked and uniform processes on tokens: states 0..V-1, the mask is V.
 
 A state is ids [B,L] or soft rows [B,L,V+1] that sum to 1; both are legal everywhere (straight-through and Gumbel-soft
-trajectories need the rows). Probabilities and draws are float64; every token is untouched at t with chance 1 - t.
+trajectories need the rows). Probabilities and draws are float64; a token is untouched at t with chance alpha(t).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -49,28 +49,45 @@ def categorical(probs: Tensor, gen: Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class MaskProcess(Process):
-    """Absorbing process (MDLM, log-linear): a token is masked at t with chance t."""
+    """Absorbing process: a token is masked at t with chance sigma(t).
+
+    "linear" is t (MDLM's log-linear); "cosine" is 1 - cos(pi t/2) (MaskGIT, MDLM's cosine without its small offset).
+    """
 
     vocab: int
+    schedule: Literal["linear", "cosine"] = "linear"
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("linear", "cosine"):
+            raise ValueError(f"the schedule of masks is {self.schedule!r}; use linear or cosine")
 
     def alpha(self, t: Tensor) -> Tensor:
-        return 1 - t.double()
+        return 1 - t.double() if self.schedule == "linear" else torch.cos(t.double() * (math.pi / 2))
 
     def sigma(self, t: Tensor) -> Tensor:
-        return t.double()
+        if self.schedule == "linear":
+            return t.double()
+        return 2 * torch.sin(t.double() * (math.pi / 4)).square()  # 1 - cos, exact near 0
 
     def d_alpha(self, t: Tensor) -> Tensor:
-        return -torch.ones_like(t, dtype=torch.float64)
+        if self.schedule == "linear":
+            return -torch.ones_like(t, dtype=torch.float64)
+        return -math.pi / 2 * torch.sin(t.double() * (math.pi / 2))
 
     def d_sigma(self, t: Tensor) -> Tensor:
-        return torch.ones_like(t, dtype=torch.float64)
+        return -self.d_alpha(t)
 
     def t_of_ratio(self, r: Tensor) -> Tensor:
-        return 1 / (1 + 1 / r.double())
+        return self.t_of_sigma(1 / (1 + 1 / r.double()))
+
+    def t_of_sigma(self, sigma: Tensor) -> Tensor:
+        """The time at which a token is masked with chance sigma, float64."""
+        return sigma.double() if self.schedule == "linear" else 4 / math.pi * torch.asin((sigma.double() / 2).sqrt())
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t of x0, ids [B,L] or soft rows [B,L,V+1] (with their gradient); eps [B,L] is uniform in [0,1)."""
-        return _where(eps < expand(t, eps), torch.full(eps.shape, self.vocab, device=eps.device), x0, self.vocab)
+        gone = eps < expand(self.sigma(t), eps)
+        return _where(gone, torch.full(eps.shape, self.vocab, device=eps.device), x0, self.vocab)
 
     def initial(self, batch: int, length: int, gen: torch.Generator | None = None) -> Tensor:
         """The state at t = 1: all masks [B,L]."""
@@ -92,14 +109,14 @@ class MaskProcess(Process):
 
     def move(self, probs: Tensor, x: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """(mass that may move [B,L,1], its transition [B,L,V+1]): x_s = x with 1 - mass, else a draw of the row."""
-        stay = expand(s.double() / t.double(), probs)
+        stay = expand(self.sigma(s) / self.sigma(t), probs)
         row = torch.cat([probs * (1 - stay), stay.expand(*probs.shape[:-1], 1)], -1)
         return soft_rows(x, self.vocab)[..., -1:], row
 
     def divergence(self, logp_a: Tensor, logp_b: Tensor, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """KL of the transitions [B,L]: mask mass * (t - s)/t * sum_v [p log(p/q) - p + q] (the CTMC form of DRAKES)."""
+        """KL of the transitions [B,L]: mask mass * (1 - sigma_s/sigma_t) * sum_v [p log(p/q) - p + q] (DRAKES)."""
         p, q = logp_a.exp(), logp_b.exp()
-        rate = 1 - expand(s.double() / t.double(), p)[..., 0]
+        rate = 1 - expand(self.sigma(s) / self.sigma(t), p)[..., 0]
         return soft_rows(x, self.vocab)[..., -1] * rate * (p * (logp_a - logp_b) - p + q).sum(-1)
 
 
@@ -324,10 +341,13 @@ class FirstHitting:
 
 
 def hitting_time(process: MaskProcess, x: Tensor, t: Tensor, gen: Generator) -> Tensor:
-    """The time [B] at which the next of n masks falls: t u^(1/n) (first-hitting sampler); 0 where none is left."""
+    """The time [B] at which the next of n masks falls (first-hitting sampler); 0 where none is left.
+
+    sigma falls to sigma(t) u^(1/n), which is t u^(1/n) on the linear schedule.
+    """
     n = (x == process.vocab).sum(1).double()
     u = uniform_draws((len(x),), gen).to(x.device)
-    return torch.where(n > 0, t.double() * u ** (1 / n.clamp(min=1)), 0.0)
+    return torch.where(n > 0, process.t_of_sigma(process.sigma(t) * u ** (1 / n.clamp(min=1))), 0.0)
 
 
 def gumbel(like: Tensor, gen: Generator) -> Tensor:
