@@ -181,7 +181,8 @@ def build_svdd(config: settings.Svdd, build: Build) -> Sampler:
     def draw(prompts: list[str], seed: int) -> Drawn:
         begin = bench.start(prompts, 1, seed)
         score = bench.score(begin.raw)
-        value = lookahead(bench.denoiser, score, config.temperature, config.draws, begin.gen)
+        ahead = bench.denoiser.begin(bench.times)  # keeps the candidates' rows apart from the walk's
+        value = lookahead(ahead, score, config.temperature, config.draws, begin.gen)
         args = (bench.denoiser, bench.kernel, begin.x, bench.times, value, config.candidates, config.temperature)
         x = select(*args, begin.cond, begin.gen, config.choice)
         steps = config.walk.steps
