@@ -201,3 +201,40 @@ class Fold(Strict):
     """The folding energy a base, of the sequence as RNA."""
 
     goal: Literal["stable", "open"] = "stable"
+
+
+class Mpnn(Strict):
+    """ProteinMPNN on one backbone."""
+
+    structure: str = "1A8O"  # an embedded one, or a PDB or mmCIF file, plain or gzipped
+    chain: str | None = None  # null: the first protein; "A,B" designs A beside a B whose sequence is kept
+    weights: str = "v_48_020"  # embedded ones, or a file of `limbeck export --format sequence.mpnn`
+    fixed: str = ""  # residues that keep their native letter, by the file's numbers: 10-20,35
+    omit: str = ""  # letters that are not designed, such as CM
+    bias: dict[str, float] = {}  # nats that are added to a letter's logit, before the temperature
+    temperature: Annotated[float, Field(gt=0, le=10)] = 0.1  # divides the logits, of walks and likelihoods alike
+
+
+class MpnnNll(Strict):
+    """How likely ProteinMPNN finds a sequence on its backbone, in nats a residue."""
+
+    weights: str = "soluble_v_48_020"
+    structure: str | None = None  # null: the teacher's
+    chain: str | None = None
+    orders: Count = 4  # orders of reading that are averaged; they are the same in every call
+    seed: int = 0
+
+
+class Contacts(Strict):
+    """A contact potential of hydropathy and charge over the backbone's contacts."""
+
+    structure: str | None = None  # null: the teacher's
+    chain: str | None = None
+    cutoff: Annotated[float, Field(gt=0)] = 8.0  # Angstrom between beta carbons
+
+
+class ProtParam(Strict):
+    """A property of a protein's sequence by Biopython's ProtParam."""
+
+    property: Literal["instability", "gravy", "isoelectric", "aromaticity"] = "instability"
+    target: float | None = None  # null: the more the better (of instability: the less)
