@@ -12,73 +12,44 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from limbeck.core.run.errors import BadInput, LimbeckError
+from limbeck.core.run.packages import MIT, Package, checked
 
 ASSETS = Path(__file__).parent / "assets" / "fluent"
 SIZES = (32, 64)
 EVAL_COUNT = 256
 
 
-@dataclass(frozen=True)
-class Source:
-    """One npm package, pinned by version and by the SHA-256 of its tarball."""
-
-    name: str
-    version: str
-    sha256: str
-    copyright: str
-
-    @property
-    def spec(self) -> str:
-        return f"{self.name}@{self.version}"
-
-
-ART = Source(
+ART = Package(
     "@lobehub/fluent-emoji-3d",
     "1.1.0",
     "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
     "Copyright (c) 2023 LobeHub (pictures: Fluent Emoji, Copyright (c) Microsoft Corporation, MIT)",
+    "@",
 )
-NAMES = Source(
+NAMES = Package(
     "unicode-emoji-json",
     "0.9.0",
     "ae7efacb55533385bf8767d613dbd36c71226669759d95919a6e9059f5e4c401",
     "Copyright (c) 2019 Mu-An Chiou",
+    "@",
 )
-KEYWORDS = Source(
+KEYWORDS = Package(
     "emojilib",
     "4.0.3",
     "7f9a6b43cff31d18985b7d65d11faba5bd971cbcc60020cf6d09322fbaaaf303",
     "Copyright (c) 2014 Mu-An Chiou",
+    "@",
 )
 SOURCES = (ART, NAMES, KEYWORDS)
 
-MIT = """Permission is hereby granted, free of charge, to any person obtaining a copy
-of this software and associated documentation files (the "Software"), to deal
-in the Software without restriction, including without limitation the rights
-to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
-copies of the Software, and to permit persons to whom the Software is
-furnished to do so, subject to the following conditions:
 
-The above copyright notice and this permission notice shall be included in all
-copies or substantial portions of the Software.
-
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
-IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
-FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
-AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
-LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
-OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
-SOFTWARE."""
-
-
-def pack(source: Source, folder: Path) -> Path:
+def pack(source: Package, folder: Path) -> Path:
     """Downloads the tarball of one package with `npm pack`."""
     npm = shutil.which("npm")
     if npm is None:
@@ -88,14 +59,6 @@ def pack(source: Source, folder: Path) -> Path:
     if done.returncode:
         raise LimbeckError(f"npm pack {source.spec} failed: {done.stderr.strip()[-300:]}")
     return folder / done.stdout.split()[-1]
-
-
-def checked(source: Source, path: Path) -> Path:
-    """Returns the path if the file is the pinned one, else raises."""
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != source.sha256:
-        raise LimbeckError(f"{path.name} is not {source.spec}: SHA-256 {found[:12]}…, expected {source.sha256[:12]}…")
-    return path
 
 
 def member(path: Path, name: str) -> Any:

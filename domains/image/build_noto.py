@@ -3,22 +3,23 @@
 Maintainers run it; users never do, since its output is committed: one lossless RGBA sheet and LICENSES.md.
 """
 
-import hashlib
 import tarfile
 import tempfile
 from pathlib import Path
 
 from limbeck.core.run.errors import LimbeckError
-from limbeck.domains.image.build_fluent import MIT, Source, checked, key, pack, sheet, shrink
+from limbeck.core.run.packages import MIT, Package, checked, write_sums
+from limbeck.domains.image.build_fluent import key, pack, sheet, shrink
 from limbeck.domains.image.data import captions_file
 
 ASSETS = Path(__file__).parent / "assets" / "noto"
 SIZE = 32
-ART = Source(
+ART = Package(
     "emoji-datasource-google",
     "16.0.0",
     "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
     "Copyright (c) 2013 Cal Henderson",
+    "@",
 )
 NOTICE = f"""# Licences of the second art style
 
@@ -66,15 +67,6 @@ def build(tarball: Path | None, out: Path) -> None:
     sheet(small, SIZE).save(out / f"pictures-{SIZE}.webp", lossless=True, quality=100, method=6, exact=False)
     (out / "LICENSES.md").write_text(NOTICE, encoding="utf-8")
     write_sums(out)
-
-
-def write_sums(folder: Path) -> None:
-    """SHA256SUMS of every other file in the folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "SHA256SUMS")
-    lines = [
-        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder).as_posix()}" for path in files
-    ]
-    (folder / "SHA256SUMS").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def noto() -> None:

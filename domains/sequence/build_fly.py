@@ -4,7 +4,6 @@ Maintainers run it; users never do, since its output is committed: packed bases,
 """
 
 import gzip
-import hashlib
 import re
 import subprocess
 import tempfile
@@ -15,21 +14,28 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from limbeck.core.run.errors import LimbeckError
+from limbeck.core.run.packages import Package, debian, write_sums
 from limbeck.domains.sequence import fly
 from limbeck.domains.sequence.text import DNA
 
-PACKAGE, VERSION = "r-bioc-biostrings", "2.66.0-1"
-SHA256 = "94ba289411284aaf42501357cac6f50b559d23d5f9c1300fa1e4f2e91cd4fa12"
+PACKAGE = Package(
+    "r-bioc-biostrings",
+    "2.66.0-1",
+    "94ba289411284aaf42501357cac6f50b559d23d5f9c1300fa1e4f2e91cd4fa12",
+    joint="=",
+)
 MEMBER = "usr/lib/R/site-library/Biostrings/extdata/dm3_upstream2000.fa.gz"
 HEADER = re.compile(r">\S+_up_2000_\S+_\d+_([fr]) (chr\w+):(\d+)-(\d+)")
 NOTICE = f"""# Licence of the embedded fly regions
 
 `{fly.FILE}`: regions of 2000 bases upstream of transcription starts of Drosophila melanogaster (assembly dm3, RefSeq
-transcripts), as they stand in `{MEMBER.rsplit("/", 1)[1]}` of Bioconductor's Biostrings {VERSION} (Debian package
-{PACKAGE}, SHA-256 `{SHA256}`).
+transcripts), from `{MEMBER.rsplit("/", 1)[1]}` of Bioconductor's Biostrings {PACKAGE.version} (Debian package
+{PACKAGE.name}, SHA-256 `{PACKAGE.sha256}`).
 Biostrings is under the Artistic License 2.0; its authors are H. Pages, P. Aboyoun, R. Gentleman and S. DebRoy. The
 genome assembly is by the Berkeley Drosophila Genome Project and was served by UCSC without restriction.
+
+`model.safetensors`, `limbeck.json`: made from them by limbeck's own recipe `sequence/fly-upstream`; Apache-2.0, as
+limbeck itself.
 
 Changes: transcripts that share a region are one row; regions with an unknown base and those outside the five large
 chromosome arms are left out; two bits a base; names of transcripts are left out.
@@ -39,21 +45,9 @@ chromosome arms are left out; two bits a base; names of transcripts are left out
 def build() -> None:
     """`limbeck assets build fly-upstream`: writes the asset's folder."""
     with tempfile.TemporaryDirectory() as name:
-        package = download(Path(name))
+        package = debian(PACKAGE, Path(name))
         subprocess.run(["dpkg-deb", "-x", str(package), name], check=True)
         write(Path(name) / MEMBER)
-
-
-def download(folder: Path) -> Path:
-    """Fetches the package with apt; it must be the pinned one."""
-    wanted = f"{PACKAGE}={VERSION}"
-    done = subprocess.run(["apt-get", "download", "-q", wanted], cwd=folder, capture_output=True, text=True)
-    found = list(folder.glob("*.deb"))
-    if done.returncode or len(found) != 1:
-        raise LimbeckError(f"{wanted} cannot be fetched: {done.stderr.strip()[-200:]}")
-    if hashlib.sha256(found[0].read_bytes()).hexdigest() != SHA256:
-        raise LimbeckError(f"{found[0].name} is not the pinned {wanted}: its SHA-256 differs")
-    return found[0]
 
 
 def write(fasta: Path, folder: Path = fly.ASSET) -> None:
@@ -65,9 +59,7 @@ def write(fasta: Path, folder: Path = fly.ASSET) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / fly.FILE)
     (folder / "LICENSES.md").write_text(NOTICE)
-    names = (fly.FILE, "LICENSES.md")
-    sums = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
-    (folder / "SHA256SUMS").write_text("".join(sums))
+    write_sums(folder)
 
 
 def regions(fasta: Path) -> Iterator[tuple[int, int, int, str]]:

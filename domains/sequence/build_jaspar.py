@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from limbeck.core.run.packages import MIT, Package, checked, fetched, write_sums
 from limbeck.domains.sequence.motifs import ASSET, FILE
-from limbeck.domains.sequence.wheels import MIT, Wheel, checked, fetched, write_sums
 
-WHEEL = Wheel("pyjaspar", "4.0.0", "01b393f668c3cb552d3d58262a50005b1410e389e0a6bf5d570e976fbdaf01b3")
+WHEEL = Package("pyjaspar", "4.0.0", "01b393f668c3cb552d3d58262a50005b1410e389e0a6bf5d570e976fbdaf01b3")
 MEMBER = "pyjaspar/data/JASPAR2020.sqlite"
 NOTICE = f"""# Licence of the embedded motifs
 
@@ -32,7 +32,8 @@ Changes: other collections and annotations are left out; counts are float32.
 
 ## The MIT License
 
-{MIT}"""
+{MIT}
+"""
 QUERY = """select m.ID, m.BASE_ID || '.' || m.VERSION, m.NAME, group_concat(distinct a.VAL)
 from MATRIX m left join MATRIX_ANNOTATION a on a.ID = m.ID and a.TAG = 'tax_group'
 where m.COLLECTION = 'CORE' group by m.ID order by m.BASE_ID, m.VERSION"""

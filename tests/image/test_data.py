@@ -234,7 +234,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]
     made = {s.name: tarball(tmp_path / f"{i}.tgz", f) for i, (s, f) in enumerate(files.items())}
     for slot, source in (("ART", build_fluent.ART), ("NAMES", build_fluent.NAMES), ("KEYWORDS", build_fluent.KEYWORDS)):
         digest = hashlib.sha256(made[source.name].read_bytes()).hexdigest()
-        monkeypatch.setattr(build_fluent, slot, build_fluent.Source(source.name, source.version, digest, ""))
+        monkeypatch.setattr(build_fluent, slot, build_fluent.Package(source.name, source.version, digest, "", "@"))
     monkeypatch.setattr(build_fluent, "SOURCES", (build_fluent.ART, build_fluent.NAMES, build_fluent.KEYWORDS))
     return made
 
