@@ -74,24 +74,25 @@ def backpropagate(tuning: Tuning, config: Gradient, ctx: Context) -> Terms:
     gen, kernel = tuning.gen(ctx), tuning.kernel(ctx, config.walk)
     price, divergence = ctx.at(getattr(config, "kl", 0.0)), x.new_zeros(())
     watched = price > 0 or tuning.judge.due(ctx)
-    if isinstance(config, settings.Drakes):
-        walk = relaxed.walk(ctx, config, walker, kernel, x, times, cond, gen, last)
-    else:
-        walk = trajectory(walker, kernel, x, times, cond, gen, last)
-    for step in walk:
-        x = step.x_next
+    soft = isinstance(config, settings.Drakes)
+    args = (walker, kernel, x, times, cond, gen, last)
+    for step in relaxed.walk(ctx, config, *args) if soft else trajectory(*args):  # type: ignore[arg-type]
         if watched and step.pred.raw.requires_grad:
             divergence = divergence + _divergence(tuning, ctx, config, step, cond)
-    if isinstance(config, settings.Refl):
-        x = step.pred.x0
-    if isinstance(config, settings.Drakes):
-        x = relaxed.letters(x)
+    x = _ending(config, step)
     if isinstance(config, settings.Draft) and config.noises > 1:
         x, cond, raw = _again(tuning, ctx, config, x.detach(), times, cond, raw)
     terms = {"reward": -tuning.score(ctx, x, raw).mean()}
     if watched:
         ctx.log("kl", divergence)
     return terms | ({"kl": price * divergence} if price > 0 else {})
+
+
+def _ending(config: Gradient, step: Step) -> Tensor:
+    """What is judged of a walk's last step: its state, ReFL's predicted x0, DRAKES' straight-through letters."""
+    if isinstance(config, settings.Refl):
+        return step.pred.x0
+    return relaxed.letters(step.x_next) if isinstance(config, settings.Drakes) else step.x_next
 
 
 def _divergence(tuning: Tuning, ctx: Context, config: Gradient, step: Step, cond: Encoded) -> Tensor:

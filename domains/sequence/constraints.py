@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -261,16 +261,6 @@ class OneByOne(Model):
         return times(self.shape[0], self.denoiser.process)
 
 
-def bias_of(given: dict[str, float], alphabet: Alphabet) -> Tensor:
-    """Nats that are added to each letter's logit, [V]."""
-    out = torch.zeros(alphabet.size)
-    for letter, value in given.items():
-        if letter not in alphabet.letters or len(letter) != 1:
-            raise BadInput(f"design.bias: {clean(letter, 20)} is not one of {alphabet.letters}")
-        out[alphabet.letters.index(letter)] = value
-    return out
-
-
 def constrained_model(model: Model, design: Design, alphabet: Alphabet) -> Model:
     """The model under a design's rules: denoiser, templates, first state, kernel and times; BadInput for a conflict."""
     if not isinstance(model.denoiser.process, MaskProcess):
@@ -278,7 +268,7 @@ def constrained_model(model: Model, design: Design, alphabet: Alphabet) -> Model
     rules = parse(design, alphabet, model.shape[0])
     encode = Templates(model.encode, rules)
     return OneByOne(
-        Constrained(model.denoiser, rules, bias_of(design.bias, alphabet)),
+        Constrained(model.denoiser, rules, tokens.biases(design.bias, alphabet, "design.bias")),
         model.shape,
         model.codec,
         encode,
@@ -287,11 +277,3 @@ def constrained_model(model: Model, design: Design, alphabet: Alphabet) -> Model
         encode.place,
         FirstHitting(),
     )
-
-
-def kept(texts: Sequence[str], rules: Rules) -> Sequence[str]:
-    """The sequences themselves; LimbeckError if any breaks a rule (the last check before they are written)."""
-    found = violations(texts, rules)
-    if found:
-        raise LimbeckError(f"{len(found)} rules of `design` are broken: {found[0]}")
-    return texts

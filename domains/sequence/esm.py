@@ -24,11 +24,11 @@ class Esm(nn.Module):
     place: Tensor
     esm: Any
 
-    def __init__(self, esm: EsmForMaskedLM, vocabulary: tuple[str, ...] = VOCABULARY) -> None:
+    def __init__(self, esm: EsmForMaskedLM) -> None:
         super().__init__()
         self.esm = esm
         wanted = [*PROTEIN.letters, "<mask>", "<cls>", "<eos>"]
-        self.register_buffer("place", torch.tensor([vocabulary.index(name) for name in wanted]), persistent=False)
+        self.register_buffer("place", torch.tensor([VOCABULARY.index(name) for name in wanted]), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         embeddings = self.esm.esm.embeddings.word_embeddings.weight
@@ -61,8 +61,12 @@ def fresh(net: dict[str, Any]) -> Esm:
 def load(folder: Path) -> Esm:
     """A checkpoint of ESM in its own format (config.json, model.safetensors, vocab.txt); BadInput for another one."""
     config = EsmConfig.from_pretrained(folder)
-    if config.model_type != "esm":
-        raise BadInput(f"{folder}: a {config.model_type} is no ESM; give a folder of ESM-2")
+    if config.model_type != "esm" or config.position_embedding_type != "rotary":
+        raise BadInput(f"{folder}: this {config.model_type} is no ESM-2 (rotary positions); give a folder of ESM-2")
     names = folder / "vocab.txt"
-    vocabulary = tuple(names.read_text().split()) if names.is_file() else VOCABULARY
-    return Esm(EsmForMaskedLM.from_pretrained(folder, use_safetensors=True, local_files_only=True), vocabulary)
+    if names.is_file() and tuple(names.read_text().split()) != VOCABULARY:
+        raise BadInput(f"{names}: the tokens are not those of ESM-2; give a folder of ESM-2")
+    made = Esm(EsmForMaskedLM.from_pretrained(folder, use_safetensors=True, local_files_only=True))
+    size = {"width": config.hidden_size, "layers": config.num_hidden_layers, "heads": config.num_attention_heads}
+    made.meta = {"alphabet": PROTEIN.name, "net": {"kind": "esm", **size}}
+    return made

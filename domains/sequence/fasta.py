@@ -39,8 +39,8 @@ def biopython(name: str) -> Any:
         raise BadInput("sequence files are read by Biopython: run `pip install 'limbeck[sequence]'`") from None
 
 
-def text_of(path: str | Path) -> str:
-    """A text file, gzipped or not, with any line ends as \\n; BadInput where it is no such file."""
+def text_of(path: str | Path, wanted: str = "FASTA or CSV") -> str:
+    """A text file, gzipped or not, with any line ends as \\n; BadInput, which says what is wanted, where it is none."""
     where = clean(path)
     try:
         with open(Path(path).expanduser(), "rb") as file:
@@ -59,7 +59,7 @@ def text_of(path: str | Path) -> str:
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:
-        raise BadInput(f"{where}: is no text (a binary file?); give FASTA or CSV, plain or gzipped")
+        raise BadInput(f"{where}: is no text (a binary file?); give {wanted}, plain or gzipped")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

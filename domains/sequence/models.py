@@ -91,7 +91,8 @@ def load(name: str) -> tuple[nn.Module, Meta]:
     if (folder / "config.json").is_file():
         from limbeck.domains.sequence import esm
 
-        return esm.load(folder).eval(), {"alphabet": "protein", "length": 100, "net": {"kind": "checkpoint"}}
+        found = esm.load(folder).eval()
+        return found, {**found.meta, "length": 100}
     if not (folder / MARK).is_file():
         hint = did_you_mean(name, names()) or f"; embedded models: {', '.join(names()) or 'none'}"
         raise BadInput(f"there is no sequence model {clean(name, 80)}{hint}")

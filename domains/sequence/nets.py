@@ -57,19 +57,16 @@ def thinned(h: Tensor, share: float, gen: torch.Generator | None) -> Tensor:
     return h * kept / (1 - share)
 
 
-class Pooled(nn.Module):
-    """An oracle of two convolutions: maxima over the sequence, one number; mean and deviation are those of its data."""
+class Oracle(nn.Module):
+    """Rows [B,L,V] to one number each: `raw` says it in deviations from the mean of the data that it learned from."""
 
     space = "onehot"
     centre: Tensor
     scale: Tensor
 
-    def __init__(self, size: int, width: int, kernel: int, dropout: float) -> None:
+    def __init__(self, dropout: float) -> None:
         super().__init__()
-        self.first = nn.Conv1d(size, width, kernel, padding=kernel // 2)
-        self.second = nn.Conv1d(width, width, 7, padding=3)
         self.dropout = dropout
-        self.head = nn.Sequential(nn.Identity(), nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, 1))
         self.register_buffer("centre", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
 
@@ -79,35 +76,36 @@ class Pooled(nn.Module):
 
     def raw(self, x: Tensor, gen: torch.Generator | None = None) -> Tensor:
         """In deviations from the data's mean, [B]; a generator switches dropout on."""
+        raise NotImplementedError
+
+
+class Pooled(Oracle):
+    """Two convolutions, then means and maxima over the sequence."""
+
+    def __init__(self, size: int, width: int, kernel: int, dropout: float) -> None:
+        super().__init__(dropout)
+        self.first = nn.Conv1d(size, width, kernel, padding=kernel // 2)
+        self.second = nn.Conv1d(width, width, 7, padding=3)
+        self.head = nn.Sequential(nn.Identity(), nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, 1))
+
+    def raw(self, x: Tensor, gen: torch.Generator | None = None) -> Tensor:
         h = F.max_pool1d(F.gelu(self.first(x.to(self.first.weight.dtype).transpose(1, 2))), 4, ceil_mode=True)
         h = F.gelu(self.second(h))
         out: Tensor = self.head(thinned(torch.cat([h.amax(2), h.mean(2)], 1), self.dropout, gen))
         return out[:, 0].float()
 
 
-class Attentive(nn.Module):
-    """An oracle of another build: dilated residual convolutions and a learned weighting of places."""
-
-    space = "onehot"
-    centre: Tensor
-    scale: Tensor
+class Attentive(Oracle):
+    """Dilated residual convolutions and a learned weighting of places."""
 
     def __init__(self, size: int, width: int, kernel: int, dropout: float) -> None:
-        super().__init__()
+        super().__init__(dropout)
         self.embed = nn.Conv1d(size, width, kernel, padding=kernel // 2)
         self.blocks = nn.ModuleList(Block(width, 5, dilation) for dilation in (1, 2, 4, 8))
         self.gate, self.value = nn.Conv1d(width, 4, 1), nn.Conv1d(width, width, 1)
-        self.dropout = dropout
         self.head = nn.Sequential(nn.Identity(), nn.Linear(4 * width, 1))
-        self.register_buffer("centre", torch.zeros(()))
-        self.register_buffer("scale", torch.ones(()))
-
-    def forward(self, x: Tensor, cond: dict[str, Any]) -> Tensor:
-        """[B] of rows [B,L,V]."""
-        return self.centre + self.scale * self.raw(x)
 
     def raw(self, x: Tensor, gen: torch.Generator | None = None) -> Tensor:
-        """In deviations from the data's mean, [B]; a generator switches dropout on."""
         h = self.embed(x.to(self.embed.weight.dtype).transpose(1, 2))
         for block in self.blocks:
             h = block(h)

@@ -16,7 +16,7 @@ from limbeck.core.diffusion.denoiser import Encoded, Model
 from limbeck.core.diffusion.discrete import NEVER, MaskProcess, TokenNetwork
 from limbeck.core.rewards.base import Condition, Reward
 from limbeck.core.run.build import Build
-from limbeck.core.run.errors import BadInput, clean
+from limbeck.core.run.errors import BadInput
 from limbeck.core.run.rng import generator
 from limbeck.domains.sequence import config as settings
 from limbeck.domains.sequence import export, fasta, models, mpnn, tokens
@@ -85,15 +85,8 @@ def teacher(config: settings.Mpnn, build: Build) -> Model:
 
 def biases(given: dict[str, float], omit: str) -> Tensor:
     """Nats that are added to each letter's logit [V], -1e6 for those that may not occur."""
-    out = torch.zeros(PROTEIN.size)
-    for letter, value in given.items():
-        if letter not in PROTEIN.letters or len(letter) != 1:
-            raise BadInput(f"teacher.bias: {clean(letter, 20)} is not one of {PROTEIN.letters}")
-        out[PROTEIN.letters.index(letter)] = value
-    for letter in omit:
-        if letter not in PROTEIN.letters:
-            raise BadInput(f"teacher.omit: {clean(letter, 20)} is not one of {PROTEIN.letters}; write it as CM")
-        out[PROTEIN.letters.index(letter)] = NEVER
+    out = tokens.biases(given, PROTEIN, "teacher.bias")
+    out[tokens.biases(dict.fromkeys(omit, 1.0), PROTEIN, "teacher.omit") > 0] = NEVER
     if bool((out == NEVER).all()):
         raise BadInput("teacher.omit leaves no residue; admit one")
     return out

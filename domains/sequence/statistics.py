@@ -113,9 +113,3 @@ def markov(ids: Tensor, count: int, size: int, gen: Generator) -> Tensor:
     for _ in range(ids.shape[1] - 1):
         rows.append(categorical(steps[rows[-1]], gen))
     return torch.stack(rows, 1)
-
-
-def halves(ids: Tensor, gen: Generator) -> tuple[Tensor, Tensor]:
-    """ids [N,L] in two random halves of equal size."""
-    order, half = torch.randperm(len(ids), generator=gen), len(ids) // 2
-    return ids[order[:half]], ids[order[half : 2 * half]]

@@ -101,7 +101,7 @@ def load(name: str, chain: str | None = None) -> Structure:
 def read(path: Path, chain: str | None = None) -> Structure:
     """The chain of a file, by default the first protein; of `A,B` the first is designed, the others are partners."""
     where = clean(path.name, 80)
-    model = parsed(fasta.text_of(path), where)
+    model = parsed(fasta.text_of(path, "PDB or mmCIF"), where)
     found = {one.id: residues for one in model if (residues := list(protein(one)))}
     if not found:
         raise BadInput(f"{where}: has no protein chain (nucleic acids only, or no atoms?); give a protein's structure")

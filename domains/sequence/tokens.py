@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from limbeck.core.run.errors import BadInput
+from limbeck.core.run.errors import BadInput, clean
 from limbeck.domains.sequence.text import Alphabet
 
 HOLE = "_"  # a mask, where a state is written as text
@@ -51,6 +51,16 @@ def rows(x: Tensor, size: int) -> Tensor:
 def ids(x: Tensor, size: int) -> Tensor:
     """Ids [B,L] of ids or of soft rows (their largest letter)."""
     return x[..., :size].argmax(-1) if x.is_floating_point() else x
+
+
+def biases(given: Mapping[str, float], alphabet: Alphabet, where: str) -> Tensor:
+    """Nats that are added to each letter's logit [V]; BadInput that names `where` for what is no letter."""
+    out = torch.zeros(alphabet.size)
+    for letter, value in given.items():
+        if letter not in alphabet.letters or len(letter) != 1:
+            raise BadInput(f"{where}: {clean(letter, 20)} is not one of {alphabet.letters}")
+        out[alphabet.letters.index(letter)] = value
+    return out
 
 
 class Letters:

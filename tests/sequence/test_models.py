@@ -41,6 +41,11 @@ def test_a_checkpoint_of_esm_loads_from_its_folder(tmp_path: Path) -> None:
     again, meta = models.load(str(tmp_path))
     x = torch.full((1, 9), 20)
     assert meta["alphabet"] == "protein" and torch.allclose(again(x), net(x), atol=1e-6)
+    models.save(again, tmp_path / "ours", meta)  # what `limbeck export --format masked` writes of a tuned one
+    assert torch.allclose(models.load(str(tmp_path / "ours"))[0](x), net(x), atol=5e-2)
+    (tmp_path / "vocab.txt").write_text("A C")
+    with pytest.raises(BadInput, match="not those of ESM-2"):
+        models.load(str(tmp_path))
 
 
 def test_a_model_is_saved_and_found_again(tmp_path: Path) -> None:
