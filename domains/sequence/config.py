@@ -55,6 +55,7 @@ class Fresh(Strict):
 
     alphabet: AlphabetName = "dna"
     length: Count = 200
+    schedule: Literal["linear", "cosine"] = "linear"  # of masks
     net: Annotated[Cnn | EsmNet, Field(discriminator="kind")] = Cnn()
 
 
@@ -89,6 +90,7 @@ class Windows(Strict):
     """Windows of 200 bases of the embedded fly regions; those of chromosome X are held out."""
 
     role: Literal["generator", "oracle-a", "oracle-b"] = "generator"
+    template: str = ""  # what tuning starts from: letters to keep and N elsewhere; empty: nothing is fixed
 
 
 class Fasta(Strict):

@@ -17,19 +17,20 @@ from limbeck.domains.sequence.text import ALPHABETS
 
 @dataclass
 class Pool:
-    """Sequences [N,L] to train on and held-out ones [M,L], as ids; prompts are empty: nothing is fixed."""
+    """Sequences [N,L] to train on and held-out ones [M,L], as ids; every prompt is the template (empty: none)."""
 
     train: Tensor
     held: Tensor
+    template: str = ""
 
     def batch(self, n: int, gen: Generator, rows: slice) -> Batch:
         """x [b,L]: rows of a batch of n."""
         chosen = torch.randint(len(self.train), (n,), generator=gen)[rows]
-        return Batch(self.train[chosen].long(), self.prompts(n, gen, rows))
+        return Batch(self.train[chosen].long(), [""] * len(chosen))
 
     def prompts(self, n: int, gen: Generator, rows: slice = slice(None)) -> list[str]:
-        """Empty templates."""
-        return [""] * len(range(n)[rows])
+        """Templates."""
+        return [self.template] * len(range(n)[rows])
 
     def natural(self, n: int, gen: Generator) -> Tensor:
         """n held-out sequences [n,L] (all of them, if there are fewer), ids, in a random order."""
@@ -53,7 +54,7 @@ class Labelled:
 
 def windows(config: settings.Windows, build: Build) -> Pool:
     """The slot `data`: windows of the fly's chromosome arms, with the test arm's held out."""
-    return Pool(fly.windows(config.role), fly.windows("test"))
+    return Pool(fly.windows(config.role), fly.windows("test"), config.template)
 
 
 def own(config: settings.Fasta, build: Build) -> Pool:

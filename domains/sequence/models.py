@@ -41,14 +41,14 @@ def network(meta: Meta) -> nn.Module:
     else:
         text = f"{clean(net['kind'], 40)} of {meta['alphabet']}"
         raise BadInput(f"there is no net {text}; take cnn (any alphabet) or esm (protein)")
-    made.meta = {"alphabet": meta["alphabet"], "net": net}
+    made.meta = {"alphabet": meta["alphabet"], "net": net, "schedule": meta.get("schedule", "linear")}
     return made  # type: ignore[no-any-return]
 
 
 def model(net: nn.Module, meta: Meta, length: int | None, name: str) -> Model:
     """A net with everything around it; a prompt is a template of the model's length, or empty."""
     alphabet = ALPHABETS[meta["alphabet"]]
-    denoiser = TokenNetwork(net, MaskProcess(alphabet.size), call, timed=False)
+    denoiser = TokenNetwork(net, MaskProcess(alphabet.size, meta.get("schedule", "linear")), call, timed=False)
     length = length or meta["length"]
     encode = Templates(alphabet, length, next(net.parameters()).device)
     return Model(denoiser, (length,), tokens.Letters(alphabet), encode, name, place=encode.place)

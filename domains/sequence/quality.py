@@ -187,11 +187,12 @@ def log_likelihood(
     """DRAKES' App-Log-Lik of ids [N,L] in nats a sequence, [N] float64, under the model's own denoiser.
 
     sum over t of (m_t - m_s)/m_t sum_i log p(x0_i | x_t), for even times, one draw of the masks at each; the authors
-    take 128 times. Under the log-linear schedule m_t = t, so the k-th of the times weighs 1/k.
+    take 128 times.
     """
     out, process = torch.zeros(len(ids), dtype=torch.float64), model.denoiser.process
+    masked = process.sigma(torch.arange(levels + 1) / levels)
     for level in range(1, levels + 1):
-        t = torch.tensor(level / levels)
+        t, share = torch.tensor(level / levels), float(1 - masked[level - 1] / masked[level])
         eps = torch.rand(ids.shape, generator=generator(seed, "quality.masks", level), dtype=torch.float64)
         for start in range(0, len(ids), chunk):
             part = slice(start, start + chunk)
@@ -200,7 +201,7 @@ def log_likelihood(
             x, noise = ids[part].to(device), eps[part].to(device)
             pred: Any = model.denoiser.predict(process.add_noise(x, noise, t.expand(len(x)).to(device)), t, cond)
             found = pred.logp_x0.gather(-1, x[..., None])[..., 0].double().sum(1)
-            out[part] += found.cpu() / level
+            out[part] += found.cpu() * share
     return out
 
 

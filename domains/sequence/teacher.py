@@ -26,7 +26,12 @@ def masked(config: settings.Masked, build: Build) -> Model:
 
 def fresh(config: settings.Fresh, build: Build) -> Model:
     """Factory of sequence.fresh: random weights."""
-    meta = {"alphabet": config.alphabet, "length": config.length, "net": config.net.model_dump()}
+    meta = {
+        "alphabet": config.alphabet,
+        "length": config.length,
+        "net": config.net.model_dump(),
+        "schedule": config.schedule,
+    }
     return models.model(models.network(meta).to(build.device), meta, None, "fresh")
 
 
