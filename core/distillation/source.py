@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limbeck.core.diffusion.denoiser import Encoded, Model
+from limbeck.core.diffusion.denoiser import Encoded, Model, Sample
 from limbeck.core.run.build import Build
 from limbeck.core.run.config import OptimConfig
 from limbeck.core.run.context import Context
@@ -38,19 +38,32 @@ class Source:
 
     def sample(self, ctx: Context) -> tuple[Tensor, Encoded]:
         """The student's x [b, *S], with its graph where the student trains in this phase, and its condition."""
+        found = self.sampled(ctx)
+        return found.x, found.cond
+
+    def sampled(self, ctx: Context) -> Sample:
+        """The same with whatever else the student knows of it (depth, opacity)."""
         return ctx.once("student.sample", lambda: self._sample(ctx))
 
-    def _sample(self, ctx: Context) -> tuple[Tensor, Encoded]:
+    def condition(self, ctx: Context) -> Encoded:
+        """This process's prompts of the step, encoded, and what else the data asks of a sample (a camera)."""
+        if not hasattr(self.data, "ask"):
+            return self.model.encode(self.prompts(ctx))
+        prompts, asked = self.data.ask(ctx, self.prompts(ctx))
+        return self.model.encode(prompts) | asked
+
+    def _sample(self, ctx: Context) -> Sample:
         student: Any = self.student
-        cond = self.model.encode(self.prompts(ctx))
+        cond = self.condition(ctx)
         noise = ctx.draws.normal("student.noise", tuple(self.model.shape))
         count = len(getattr(student, "times", ()))
         if count <= 1:
-            return student.sample(noise, cond).x, cond
+            found: Sample = student.sample(noise, cond)
+            return found
         k = int(torch.randint(count, (1,), generator=ctx.draws.gen("student.k")))  # one k for all processes
         renoise = [ctx.draws.normal(f"student.renoise{i}", tuple(self.model.shape)) for i in range(k)]
         x_in, t = student.rollout(noise, cond, k, renoise)
-        return student.denoise(x_in, t, cond).x0, cond
+        return Sample(student.denoise(x_in, t, cond).x0, cond)
 
     def prompts(self, ctx: Context, share: int = 1) -> list[str]:
         """This process's prompts of the step, one for each `share` neighbours of the batch."""

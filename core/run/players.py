@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from limbeck.core.run.config import OptimConfig
 from limbeck.core.run.context import Context
-from limbeck.core.run.errors import BadInput
+from limbeck.core.run.errors import BadInput, did_you_mean
 from limbeck.core.run.muon import Muon
 from limbeck.core.scheduled import Scheduled, at
 
@@ -38,11 +38,20 @@ class Player:
             raise BadInput(f'player "{self.name}" has no parameters to train; unfreeze some or drop the player')
         self.params: dict[str, nn.Parameter] = dict(params)
         self.tensors = list(self.params.values())
-        self.optim = _optimiser(self.config, self.tensors)
+        self.optim = _optimiser(self.config, self._groups())
         self.ema: dict[str, Tensor] | None = None
         if self.config.ema is not None:
             self.ema = {n: p.detach().to(_at_least_float32(p.dtype), copy=True) for n, p in self.params.items()}
         self._average = list(self.ema.values()) if self.ema else []
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Parameters with one learning rate each: those that no name in `rates` begins, then a group a name."""
+        chosen = {n: max((k for k in self.config.rates if n.startswith(k)), key=len, default="") for n in self.params}
+        for key in sorted(set(self.config.rates) - set(chosen.values())):
+            raise BadInput(f'optim.rates: player "{self.name}" has no {key}{did_you_mean(key, self.params)}')
+        keys = [key for key in ("", *self.config.rates) if key in chosen.values()]
+        groups = [[p for n, p in self.params.items() if chosen[n] == key] for key in keys]
+        return [{"params": g, "factor": self.config.rates.get(k, 1.0)} for k, g in zip(keys, groups, strict=True)]
 
     def due(self, step: int) -> bool:
         """Whether the player trains at this step."""
@@ -58,7 +67,9 @@ class Player:
 
     def step(self, step: int) -> None:
         """One optimiser update from the gradients at hand, then the EMA; clears the gradients."""
-        self.optim.param_groups[0].update(lr=self.lr(step), weight_decay=at(self.config.weight_decay, step))
+        lr, weight_decay = self.lr(step), at(self.config.weight_decay, step)
+        for group in self.optim.param_groups:
+            group.update(lr=lr * group["factor"], weight_decay=weight_decay)
         self.optim.step()
         self.optim.zero_grad(set_to_none=True)
         self.reshard()
@@ -201,19 +212,20 @@ def _after(members: list[tuple[int, Phase]]) -> None:
             phase.after_backward()
 
 
-def _optimiser(config: OptimConfig, tensors: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _optimiser(config: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """Fused where torch has a fused kernel (one call for all tensors), else foreach."""
+    tensors = [tensor for group in groups for tensor in group["params"]]
     rest: dict[str, Any] = {"lr": at(config.lr, 0), "weight_decay": at(config.weight_decay, 0)}
     if config.kind == "muon":
         if _sharded(tensors):
             raise BadInput("optim.kind: muon needs whole matrices; use adamw with distributed.shard")
-        return Muon(tensors, betas=config.betas, eps=config.eps, **rest)
+        return Muon(groups, betas=config.betas, eps=config.eps, **rest)
     fused = all(t.is_floating_point() and t.device.type in ("cpu", "cuda") for t in tensors) and not _sharded(tensors)
     rest["fused" if fused else "foreach"] = True
     if config.kind == "sgd":
-        return torch.optim.SGD(tensors, momentum=config.betas[0], **rest)
+        return torch.optim.SGD(groups, momentum=config.betas[0], **rest)
     law = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
-    return law(tensors, betas=config.betas, eps=config.eps, **rest)
+    return law(groups, betas=config.betas, eps=config.eps, **rest)
 
 
 def _sharded(tensors: list[nn.Parameter]) -> bool:

@@ -15,11 +15,11 @@ from limbeck.core.diffusion.denoiser import Encoded, Model, Network
 from limbeck.core.diffusion.process import Flow
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput, clean, did_you_mean
+from limbeck.core.text import MiniLMEncoder
 from limbeck.domains.image import models
 from limbeck.domains.image.config import Teacher
 from limbeck.domains.image.data import FluentData
 from limbeck.domains.image.pipelines import load_pipeline
-from limbeck.domains.image.text import MiniLMEncoder
 
 ASSETS = Path(__file__).parent / "assets"
 MARK = "limbeck.json"

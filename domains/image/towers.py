@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from limbeck.core.rewards.base import Condition, Reward
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput
+from limbeck.core.text import WIDTH, MiniLMEncoder
 from limbeck.domains.image.config import TextReward
 from limbeck.domains.image.features import Lite0, resize
 from limbeck.domains.image.hed import Hed
-from limbeck.domains.image.text import WIDTH, MiniLMEncoder
 
 FOLDERS = {"a": "reward-clip", "b": "reward-clip-b"}
 FILE = "tower.safetensors"

@@ -53,6 +53,30 @@ def test_updates_agree_with_torch(kind: str) -> None:
     torch.testing.assert_close(net.weight, twin.weight)
 
 
+@pytest.mark.parametrize("kind", ["adam", "adamw", "sgd", "muon"])
+def test_rates_move_parameters_by_their_factor(kind: str) -> None:
+    """The first update of Adam has the size of its learning rate; momentum's is in proportion to it."""
+    names = ("scene.means", "scene.means_fine", "scene.colours")
+    params = {name: nn.Parameter(torch.zeros(3)) for name in names}
+    rates = {"scene.means": 0.1, "scene.means_fine": 3.0}
+    player = Player("p", params, OptimConfig(kind=kind, lr=0.5, rates=rates), 10)  # type: ignore[arg-type]
+    for param in params.values():
+        param.grad = torch.full((3,), 2.0)
+    player.step(0)
+    moved = {name: float(-param.detach()[0]) for name, param in params.items()}
+    assert moved["scene.means"] == pytest.approx(0.1 * moved["scene.colours"], rel=1e-5)
+    assert moved["scene.means_fine"] == pytest.approx(3.0 * moved["scene.colours"], rel=1e-5)
+    again = Player("p", {name: nn.Parameter(torch.ones(3)) for name in names}, player.config, 10)
+    again.load(player.state())
+    assert all(torch.equal(again.state()[key], value) for key, value in player.state().items())
+
+
+def test_a_rate_for_no_parameter_is_refused() -> None:
+    params = {"means": nn.Parameter(torch.zeros(3))}
+    with pytest.raises(BadInput, match='has no mean_.*"means"'):
+        Player("p", params, OptimConfig(rates={"mean_": 2.0}), 10)
+
+
 def test_ema_follows_its_ramp_and_swaps_exactly() -> None:
     net = nn.Linear(2, 2)
     player = Player("p", net, OptimConfig(lr=0.1, ema=0.5), 10)

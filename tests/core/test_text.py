@@ -5,8 +5,8 @@ import importlib.util
 import pytest
 import torch
 
+from limbeck.core import text
 from limbeck.core.run.errors import LimbeckError
-from limbeck.domains.image import text
 
 PROMPTS = ["", "dog", "grinning face with big eyes", "a very long caption " * 12]
 

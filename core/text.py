@@ -1,4 +1,4 @@
-"""The embedded text encoder: MiniLM token states through transformers, from a pinned weights package."""
+"""The embedded text encoder of all domains: MiniLM token states through transformers, from a pinned weights package."""
 
 import importlib.util
 from pathlib import Path
