@@ -21,7 +21,7 @@ class OptimConfig(BaseModel):
 
     kind: OptimKind = "adamw"  # muon: its matrices; adamw trains the rest
     lr: Scheduled = 1e-4
-    rates: dict[str, Annotated[float, Field(gt=0.0)]] = {}  # factors of lr for parameters whose name starts so
+    rates: dict[str, Annotated[float, Field(gt=0.0)]] = {}  # factors of lr for parameters with this in their name
     betas: Betas = (0.9, 0.999)  # for sgd and muon the first one is the momentum
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     weight_decay: Decay = 0.0

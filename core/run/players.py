@@ -45,8 +45,8 @@ class Player:
         self._average = list(self.ema.values()) if self.ema else []
 
     def _groups(self) -> list[dict[str, Any]]:
-        """Parameters with one learning rate each: those that no name in `rates` begins, then a group a name."""
-        chosen = {n: max((k for k in self.config.rates if n.startswith(k)), key=len, default="") for n in self.params}
+        """Parameters with one learning rate each: those without a name in `rates`, then a group a name."""
+        chosen = {n: max((k for k in self.config.rates if k in n), key=len, default="") for n in self.params}
         for key in sorted(set(self.config.rates) - set(chosen.values())):
             raise BadInput(f'optim.rates: player "{self.name}" has no {key}{did_you_mean(key, self.params)}')
         keys = [key for key in ("", *self.config.rates) if key in chosen.values()]

@@ -22,11 +22,13 @@ class Pool:
     train: Tensor
     held: Tensor
     template: str = ""
+    best: Tensor | None = None  # the high scorers of train, where only they are learned from
 
     def batch(self, n: int, gen: Generator, rows: slice) -> Batch:
         """x [b,L]: rows of a batch of n."""
-        chosen = torch.randint(len(self.train), (n,), generator=gen)[rows]
-        return Batch(self.train[chosen].long(), [""] * len(chosen))
+        source = self.train if self.best is None else self.best
+        chosen = torch.randint(len(source), (n,), generator=gen)[rows]
+        return Batch(source[chosen].long(), [""] * len(chosen))
 
     def prompts(self, n: int, gen: Generator, rows: slice = slice(None)) -> list[str]:
         """Templates."""
@@ -50,11 +52,6 @@ class Labelled:
     def count(self) -> int:
         """How many there are to learn from."""
         return len(self.x)
-
-
-def windows(config: settings.Windows, build: Build) -> Pool:
-    """The slot `data`: windows of the fly's chromosome arms, with the test arm's held out."""
-    return Pool(fly.windows(config.role), fly.windows("test"), config.template)
 
 
 def own(config: settings.Fasta, build: Build) -> Pool:

@@ -58,7 +58,7 @@ def test_rates_move_parameters_by_their_factor(kind: str) -> None:
     """The first update of Adam has the size of its learning rate; momentum's is in proportion to it."""
     names = ("scene.means", "scene.means_fine", "scene.colours")
     params = {name: nn.Parameter(torch.zeros(3)) for name in names}
-    rates = {"scene.means": 0.1, "scene.means_fine": 3.0}
+    rates = {".means": 0.1, "means_fine": 3.0}
     player = Player("p", params, OptimConfig(kind=kind, lr=0.5, rates=rates), 10)  # type: ignore[arg-type]
     for param in params.values():
         param.grad = torch.full((3,), 2.0)

@@ -1,0 +1,109 @@
+"""The space of assets: what a run shows while it makes one, its turntable, and its export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from limbeck.core.diffusion.denoiser import Model
+from limbeck.core.run.build import Build
+from limbeck.core.run.errors import BadInput
+from limbeck.domains.threed import asset, cameras, turntable
+from limbeck.domains.threed import config as settings
+from limbeck.domains.threed.known import Known
+from limbeck.domains.threed.scene import Scene, SceneStudent, seen
+
+CELL = 128  # pixels a picture on a sheet
+VIEWS = 4
+
+
+def scenes(build: Build) -> list[Scene]:
+    """The run's scenes: one, or a particle each."""
+    student: SceneStudent = build.piece("student")
+    return list(student.scenes)  # type: ignore[arg-type]
+
+
+def prompt(build: Build) -> str:
+    """What the asset is to be."""
+    config = build.recipe.data
+    return getattr(config, "prompt", "") or next(iter(getattr(config, "prompts", [])), "")
+
+
+def strip(image: Tensor) -> Image.Image:
+    """Pictures [V,3,H,W] in [-1, 1] side by side."""
+    rows = torch.cat(list(image.float().clamp(-1, 1)), 2).movedim(0, -1)
+    picture = Image.fromarray(((rows + 1) * 127.5).round().byte().cpu().numpy())
+    scale = max(1, CELL // image.shape[-1])
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def stacked(strips: list[Image.Image]) -> Image.Image:
+    """Strips below each other on white."""
+    page = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
+    top = 0
+    for one in strips:
+        page.paste(one, (0, top))
+        top += one.height
+    return page
+
+
+class Assets:
+    """Shows four sides of each scene (above them those of the known object), draws turntables, exports files."""
+
+    formats = asset.FORMATS
+
+    def __init__(self, config: settings.Assets) -> None:
+        self.config = config
+
+    def ring(self, build: Build, count: int) -> cameras.Cameras:
+        """Cameras around the asset as the recipe's law has them."""
+        size = self.config.size or build.piece("teacher").shape[-1]
+        law = build.recipe.data
+        distance = max(float(end) for end in getattr(law, "distance", (3.0, 3.0)) if not isinstance(end, list))
+        return cameras.ring(count, size, distance=distance)
+
+    def show(self, build: Build, step: int, folder: Path) -> list[Path]:
+        """Writes the sheet of this step."""
+        around, strips = self.ring(build, VIEWS), []
+        known = Known.of(build, prompt(build))
+        if known is not None:
+            strips.append(strip(known.image[:VIEWS]))
+        for scene in scenes(build):
+            found = seen(scene, around)
+            strips.append(strip(self.pixels(build, found.image)))
+            strips += [] if found.normals is None else [strip(found.normals)]
+        path = folder / f"step-{step:08d}.png"
+        stacked(strips).save(path)
+        return [path]
+
+    def pixels(self, build: Build, image: Tensor) -> Tensor:
+        """Pictures of a scene as RGB: latent ones are decoded."""
+        model: Model = build.piece("teacher")
+        return image if image.shape[1] == 3 else model.codec.decode(image)
+
+    def sample(
+        self, build: Build, prompts: list[str], seed: int, folder: Path, which: str = "student",
+        steps: int | None = None, guidance: float | None = None,
+    ) -> list[Path]:  # fmt: skip
+        """Writes a turntable of each scene as GIF, and its pictures; a scene has one prompt, its own."""
+        if which == "teacher":
+            raise BadInput("a teacher of 3D shows pictures, not assets; sample the student")
+        if prompts and any(text and text != prompt(build) for text in prompts):
+            raise BadInput(f"this run made {prompt(build)!r}; start another run for another prompt")
+        return [
+            turntable.gif(scene, self.ring(build, self.config.frames), folder / f"turntable-{i}.gif")
+            for i, scene in enumerate(scenes(build))
+        ]
+
+    def export(self, build: Build, path: Path, format: str) -> list[Path]:
+        """Writes the first scene in one of `formats`, with its facts beside it."""
+        facts = {"prompt": prompt(build), "seed": build.seed, "steps": build.step, "recipe": build.recipe.name}
+        return asset.export(scenes(build)[0], path, format, self.config.files, facts)
+
+
+def build(config: settings.Assets, build: Build) -> Assets:
+    """Factory of the space `threed.assets`."""
+    return Assets(config)
