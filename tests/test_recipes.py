@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from limbeck.core.rewards import stored
-from limbeck.core.run import checkpoint, job
+from limbeck.core.run import checkpoint, job, table
 from limbeck.core.run import recipe as recipes
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput
@@ -153,8 +153,10 @@ def test_a_steered_recipe_draws_and_compares(name: str, tiny_teacher: Path, tmp_
 @pytest.mark.parametrize("name", SEQUENCE_SAMPLING)
 def test_a_recipe_of_sequences_draws_and_measures(name: str, tiny_teacher: Path, tmp_path: Path) -> None:
     folder = tiny_teacher.parent / "sequences"
-    oracles = [f"rewards.{split}.0.model={folder / 'oracle.safetensors'}" for split in ("train", "held_out")]
-    sets = [*oracles, "sampler.walk.steps=3", "eval.0.count=4", f"teacher.model={folder / 'model'}"]
+    sets = ["sampler.walk.steps=3", "eval.0.count=4"]
+    if not name.endswith("-protein"):
+        sets += [f"rewards.{split}.0.model={folder / 'oracle.safetensors'}" for split in ("train", "held_out")]
+        sets += [f"teacher.model={folder / 'model'}"]
     assert job.run(recipes.load(name, sets), tmp_path / "run", device="cpu", quiet=True) == 0
     assert list((tmp_path / "run" / "samples").glob("*.fasta"))
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["sequence.quality"]
@@ -185,6 +187,13 @@ def test_a_table_cut_in_a_row_ends_as_the_whole_one(tiny_teacher: Path, tmp_path
     assert job.run(recipe, halves, device="cpu", resume=True, quiet=True) == 0
     for row in ("swiftbrush", "sim"):
         assert_same(whole / "rows" / row, halves / "rows" / row)
+
+
+@pytest.mark.parametrize("name", [name for name in EMBEDDED if JOBS[name] == "table"])
+def test_the_rows_of_a_table_are_recipes_that_measure(name: str) -> None:
+    whole = recipes.load(name)
+    found = [table.recipe_of(whole, row) for row in whole.rows]
+    assert all(one.eval and (one.steps, one.seed) == (whole.steps, whole.seed) for one in found)
 
 
 @pytest.mark.parametrize("name", ["image/dmd2", "toy/ring4"])

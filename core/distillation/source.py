@@ -95,7 +95,7 @@ class Source:
                     f"data gives samples of shape {list(x0.shape[1:])}, the teacher has {list(self.model.shape)}; "
                     "give both one size"
                 )
-            return x0, self.model.encode(batch.prompts)
+            return x0, self.model.encode(batch.prompts) | {k: v.to(ctx.device) for k, v in batch.cond.items()}
 
 
 def plain(config: OptimConfig) -> OptimConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Generator, Tensor
@@ -14,7 +15,8 @@ from limbeck.core.run.build import Build
 
 def inner(of: Any, build: Build) -> base.Reward:
     """The reward that a combinator's `of:` names."""
-    return base.as_reward(build.part("reward", of), of.kind)
+    made = build.part("reward", of)
+    return made if isinstance(made, base.Reward) else base.as_reward(made, of.kind)
 
 
 def hinge(config: config.Hinge, build: Build) -> base.Reward:
@@ -23,8 +25,10 @@ def hinge(config: config.Hinge, build: Build) -> base.Reward:
 
 
 def clipped(config: config.Clipped, build: Build) -> base.Reward:
-    """r within [low, high]."""
-    return base.clipped(inner(config.of, build), config.low, config.high)
+    """r within [low, high], which its name says: a mean that stands at a bound is no reward to boast of."""
+    of = inner(config.of, build)
+    bounds = [f"{word} {value:g}" for word, value in (("from", config.low), ("to", config.high)) if value is not None]
+    return replace(base.clipped(of, config.low, config.high), name=" ".join([of.name, *bounds]))
 
 
 def ensemble(config: config.Ensemble, build: Build) -> base.Reward:

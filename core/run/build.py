@@ -20,10 +20,14 @@ LISTS = {"eval": "metric", "rewards": "reward"}  # `eval.0`, `rewards.train.0` a
 
 @dataclass
 class Batch:
-    """Real data: samples [b, *S] (None where only prompts are asked for) and one prompt a row."""
+    """Real data: samples [b, *S] (None where only prompts are asked for), one prompt a row, and what else is known.
+
+    `cond` has rows that join the encoded prompts as they are (the camera of a view).
+    """
 
     x: Tensor | None
     prompts: list[str]
+    cond: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Data(Protocol):

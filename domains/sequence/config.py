@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator
+from pydantic import BeforeValidator, Field, PlainValidator
 
 from limbeck.core.run.config import OptimConfig
 from limbeck.core.run.recipe import Strict, piece
@@ -10,6 +10,7 @@ from limbeck.core.run.recipe import Strict, piece
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 AlphabetName = Literal["dna", "rna", "protein"]
+Chains = Annotated[str, BeforeValidator(lambda value: ",".join(map(str, value)) if isinstance(value, list) else value)]
 Natural = Annotated[Any, PlainValidator(lambda value: None if value is None else piece("data", value, {}))]
 
 
@@ -79,7 +80,7 @@ class Quality(Strict):
 
     count: Annotated[int, Field(ge=2)] = 64  # sequences of each generator
     natural: Natural = None  # where natural sequences come from; null: the recipe's data
-    pool: Count = 8192  # natural sequences among which high scorers are sought
+    pool: Count = 32768  # natural sequences among which high scorers are sought
     top: Share = 0.1  # of them that count as high scorers, by the trained rewards
     kmer: Count | None = None  # null: 6 letters, 3 of a protein
     steps: Count = 64  # of the pretrained model's walk, where the recipe does not say
@@ -91,6 +92,9 @@ class Windows(Strict):
 
     role: Literal["generator", "oracle-a", "oracle-b"] = "generator"
     template: str = ""  # what tuning starts from: letters to keep and N elsewhere; empty: nothing is fixed
+    best: Share | None = None  # of `among` windows, those that `by` scores highest are learned from; null: all are
+    by: str = "fly-a"  # an oracle: an embedded one, or the run of your own
+    among: Count = 32768
 
 
 class Fasta(Strict):
@@ -210,6 +214,7 @@ class Mpnn(Strict):
 
     structure: str = "1A8O"  # an embedded one, or a PDB or mmCIF file, plain or gzipped
     chain: str | None = None  # null: the first protein; "A,B" designs A beside a B whose sequence is kept
+    tied: Chains = ""  # "A,B" or [A, B]: chains that get the same letters, residue by residue (homo-oligomers)
     weights: str = "v_48_020"  # embedded ones, or a file of `limbeck export --format sequence.mpnn`
     fixed: str = ""  # residues that keep their native letter, by the file's numbers: 10-20,35
     omit: str = ""  # letters that are not designed, such as CM
@@ -223,6 +228,7 @@ class MpnnNll(Strict):
     weights: str = "soluble_v_48_020"
     structure: str | None = None  # null: the teacher's
     chain: str | None = None
+    tied: Chains = ""
     orders: Count = 4  # orders of reading that are averaged; they are the same in every call
     seed: int = 0
 
@@ -232,6 +238,7 @@ class Contacts(Strict):
 
     structure: str | None = None  # null: the teacher's
     chain: str | None = None
+    tied: Chains = ""
     cutoff: Annotated[float, Field(gt=0)] = 8.0  # Angstrom between beta carbons
 
 

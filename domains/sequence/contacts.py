@@ -34,12 +34,18 @@ def energies() -> Tensor:
 
 
 def pairs(structure: Structure, cutoff: float) -> tuple[Tensor, Tensor]:
-    """Pairs of the designed chain [L,L] float, i < j: those in contact, by their (virtual) beta carbons, and all."""
-    place = beta(structure.atoms)[: structure.designed]
-    index = torch.tensor(structure.index[: structure.designed])
-    every = index[None] - index[:, None] >= APART
+    """Pairs of designed residues [L,L]: how many are in contact, by their (virtual) beta carbons, and how many in all.
+
+    i < j within a chain; of tied chains every pair of residues counts, whichever copies it joins. Partners do not.
+    """
+    copies, size = structure.copies, structure.designed
+    place = beta(structure.atoms)[: copies * size]
+    index, chain = (torch.tensor(x)[: copies * size] for x in (structure.index, structure.chain_numbers))
+    within = (chain[:, None] == chain[None]) & (index[None] - index[:, None] >= APART)
+    every = within | (chain[:, None] < chain[None])
     near = (place[:, None] - place[None]).norm(dim=-1) < cutoff
-    return (every & near).float(), every.float()
+    folded = [x.float().view(copies, size, copies, size).sum((0, 2)) for x in (every & near, every)]
+    return folded[0], folded[1]
 
 
 def contacts(config: Contacts, build: Build) -> Reward:
@@ -48,7 +54,7 @@ def contacts(config: Contacts, build: Build) -> Reward:
     The mean energy of all pairs minus that of the pairs in contact. All pairs stand for the same composition in random
     places, so that nothing is gained by one letter everywhere.
     """
-    structure = structure_of(config.structure, config.chain, build)
+    structure = structure_of(build, config)
     near, every = pairs(structure, config.cutoff)
     if not bool(near.any()):
         raise BadInput(f"sequence.contacts: {structure.name} has no pair within {config.cutoff:g} A; raise cutoff")

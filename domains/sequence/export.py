@@ -28,6 +28,9 @@ EVERY = 8  # places of which one is hidden when a model is asked what belongs th
 Site = tuple[int, int, int, str]  # first place (from 0), last + 1, strand (1, -1; 0: none), name
 
 
+Records = Callable[[str, str], list[fasta.Record]]  # a design's name and letters -> what FASTA files hold of it
+
+
 class Finds(Protocol):
     """A reward's `score` with this method marks what it looks for in GenBank files."""
 
@@ -43,6 +46,7 @@ class Designs:
     prompts: list[str]
     scores: dict[str, list[float]]  # `reward` and `held_out`: weighted sums; every reward by its name besides
     alphabet: Alphabet
+    records: Records
 
     @property
     def texts(self) -> list[str]:
@@ -65,7 +69,13 @@ def judged(build: Build, ids: Tensor, prompts: list[str]) -> Designs:
     model: Model = build.piece("teacher")
     scores = scored(build, ids, prompts) if answerable(build) else {}
     columns = {name: values.tolist() for name, values in scores.items()}
-    return Designs(ids.cpu(), prompts, columns, letters(model))
+    return designs(model, ids.cpu(), prompts, columns)
+
+
+def designs(model: Model, ids: Tensor, prompts: list[str], scores: dict[str, list[float]]) -> Designs:
+    """Designs [B,L] of a model, whose codec says how they are written."""
+    codec: Any = model.codec
+    return Designs(ids, prompts, scores, codec.alphabet, codec.records)
 
 
 def letters(model: Model) -> Alphabet:
@@ -118,10 +128,14 @@ def unused(name: str, taken: dict[str, Tensor]) -> str:
 
 
 def as_fasta(found: Designs, folder: Path, name: str = "designs") -> Path:
-    """One FASTA file, the weighted rewards in its headers."""
+    """One FASTA file, the weighted rewards in its headers; of several chains a record each."""
     path = folder / f"{name}.fasta"
-    records = (fasta.Record(one, text) for one, text in zip(found.names, found.texts, strict=True))
-    fasta.write(path, records, found.totals)
+    records = [found.records(one, text) for one, text in zip(found.names, found.texts, strict=True)]
+    totals = {
+        key: [value for value, chains in zip(values, records, strict=True) for _ in chains]
+        for key, values in found.totals.items()
+    }
+    fasta.write(path, [record for chains in records for record in chains], totals)
     return path
 
 

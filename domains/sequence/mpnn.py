@@ -7,11 +7,16 @@ V = 20 letters; the mask is letter V.
 What a residue is told. The net was trained to read residues in a random order: residue i hears of each neighbour j
 either its sequence and decoder state (j comes before i) or its encoder state alone. A masked state says which residues
 are known, not in which order they became so. Here a masked residue hears of every known one, and a known residue of
-those known ones that come before it along the chain: as if the known ones had been read from
-the first to the last, then i. So each answer is one that the authors' net gives at an order that it was trained on, and
-all masked residues are answered in one pass, since none hears of another. On 1A8O and 1QNJ a random order among the
-known ones moves an answer by .01 to .03 in total variation (a quarter to all but a twentieth known), about as
-much as random orders differ from each other; the native residues are .01 nats more or less likely.
+those known ones that come before it along the chain: as if the known ones had been read from the first to the last,
+then i. So each answer is one that the authors' net gives at an order that it was trained on, and all masked residues
+are answered in one pass, since none hears of another. Partner chains are read before all others, as the authors read
+what is not designed. On 1A8O and 1QNJ a random order among the known ones moves an answer by .01 to .03 in total
+variation (a quarter to all but a twentieth known), about as much as random orders differ from each other; the native
+residues are .01 nats more or less likely.
+
+Tied chains (homo-oligomers) are one chain to the outside: a letter is written into all copies, and the logits of a
+residue's copies are averaged, as the authors do. Copies are read at once, so none hears of its own letter; in the
+authors' loop a copy hears of the state, without the letter, of those before it.
 """
 
 from __future__ import annotations
@@ -33,6 +38,7 @@ from limbeck.domains.sequence.text import PROTEIN
 ASSET = Path(__file__).parent / "assets" / "proteinmpnn"
 H, NEAR, FAR, BINS = 128, 48, 32, 16  # channels, neighbours, residues along the chain, bins of a distance
 SCALE = 30  # the authors' divisor of a sum over neighbours
+AT_ONCE = 256  # residues on a CPU without gradients: larger arrays are taken from the system anew every time
 V = PROTEIN.size
 Told = tuple[Tensor, Tensor, Tensor]  # letters embedded [B,L,H], known [B,L,1], who hears of a neighbour [B or 1,L,K,1]
 # Pairs of atoms in the order of the authors' features: A is the alpha carbon, B the beta one.
@@ -207,9 +213,10 @@ def distances(atoms: Tensor, near: Tensor) -> Tensor:
 class Designer(nn.Module):
     """The masked denoiser of one backbone: logits [B,L,V] of ids [B,L] or rows [B,L,V+1], L the designed residues.
 
-    The encoder ran once; its output is constant, and only the decoder has parameters (to be tuned, or not). Partner
-    chains are context whose sequence is known. `bias` [V] is added to the logits, then all are divided by the
-    temperature. Soft rows: a residue is known as far as its row has no mass on the mask.
+    The encoder ran once; its output is constant, and only the decoder has parameters (to be tuned, or not). Letters are
+    written into all tied chains and their logits averaged; partner chains are context whose sequence is known. `bias`
+    [V] is added to the logits, then all are divided by the temperature. Soft rows: a residue is known as far as its row
+    has no mass on the mask. L' counts the residues of all chains.
     """
 
     nodes: Tensor
@@ -217,14 +224,16 @@ class Designer(nn.Module):
     near: Tensor
     bias: Tensor
     context: Tensor
+    rank: Tensor
 
     def __init__(self, net: ProteinMPNN, structure: Structure, bias: Tensor, temperature: float) -> None:
         super().__init__()
         self.structure, self.temperature, self.decoder = structure, temperature, net.decoder
         with torch.no_grad():
             v, e, near = net.encoder(structure)
-        context = tokens.onehot(tokens.encode([structure.text], PROTEIN), V)[:, structure.designed :].to(v)
+        context = tokens.onehot(tokens.encode([structure.partners], PROTEIN), V).to(v)
         kept = {"nodes": v, "edges": e, "near": near, "bias": bias.to(v), "context": context}
+        kept["rank"] = self.ranked(torch.arange(structure.designed))
         for name, value in kept.items():
             self.register_buffer(name, value, persistent=False)
         self._frozen = [net.encoder]  # no part of what is tuned; exporters write it
@@ -235,36 +244,56 @@ class Designer(nn.Module):
         return self._frozen[0]
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or x.is_cuda:
+            return self.answer(x)
+        return torch.cat([self.answer(part) for part in torch.split(x, max(1, AT_ONCE // len(self.nodes)))])
+
+    def answer(self, x: Tensor) -> Tensor:
+        """The logits of all rows in one pass."""
         rows = self.whole(tokens.rows(x, V).to(self.nodes)[..., :V])
-        return (self.decode(rows, told_by(rows.sum(-1))) + self.bias) / self.temperature
+        return (self.decode(rows, told_by(rows.sum(-1), self.rank)) + self.bias) / self.temperature
 
     def whole(self, rows: Tensor) -> Tensor:
-        """Rows [B,L',V] with those of the partner chains."""
-        return torch.cat([rows, self.context.expand(len(rows), -1, -1)], 1)
+        """Rows [B,L',V] of all chains, for those of the designed one [B,L,V]."""
+        return torch.cat([rows.repeat(1, self.structure.copies, 1), self.context.expand(len(rows), -1, -1)], 1)
+
+    def ranked(self, order: Tensor) -> Tensor:
+        """When each residue is read [L'] if the designed ones are read in the order [L]: partners come first."""
+        partners = torch.arange(len(self.structure.partners), device=order.device)
+        return torch.cat([order.argsort().repeat(self.structure.copies) + len(partners), partners])
 
     def decode(self, rows: Tensor, hears: Tensor) -> Tensor:
-        """The net's own logits [B,L,V] of rows [B,L',V] where hears [B or 1,L',L'] says who hears of whom."""
-        logits: Tensor = self.decoder(self.nodes, self.edges, self.near, rows, hears)
-        return logits[:, : self.structure.designed, :V]
+        """The net's own logits [B,L,V] of rows [B,L',V] where hears [B or 1,L',L'] says who hears of whom.
+
+        Those of tied residues are averaged (Dauparas et al. 2022).
+        """
+        copies, size = self.structure.copies, self.structure.designed
+        logits: Tensor = self.decoder(self.nodes, self.edges, self.near, rows, hears)[:, : copies * size, :V]
+        return logits.reshape(len(logits), copies, size, V).mean(1)
 
     def nll(self, rows: Tensor, order: Tensor) -> Tensor:
-        """Mean negative log-likelihood [B] in nats a designed residue of rows [B,L,V], read in the order [L']."""
-        logp = torch.log_softmax(self.decode(self.whole(rows), read_in(order).to(rows)), -1)
+        """Mean negative log-likelihood [B] in nats a designed residue of rows [B,L,V], read in the order [L]."""
+        logp = torch.log_softmax(self.decode(self.whole(rows), after(self.ranked(order))[None].to(rows)), -1)
         return -(rows * logp).sum(-1).mean(1)
 
 
-def told_by(known: Tensor) -> Tensor:
-    """Who hears of whom [B,L,L] for how far each is known [B,L]: see the module's convention."""
-    size = known.shape[1]
-    earlier = torch.ones(size, size, device=known.device, dtype=known.dtype).tril(-1)
-    apart = 1 - torch.eye(size, device=known.device, dtype=known.dtype)
-    return known[..., None] * earlier + (1 - known[..., None]) * apart
+def after(rank: Tensor) -> Tensor:
+    """Which residues are read after which, bool [L,L], for when each is read [L]."""
+    return rank[:, None] > rank[None]
+
+
+def told_by(known: Tensor, rank: Tensor) -> Tensor:
+    """Who hears of whom [B,L,L] for how far each is known [B,L] and when it is read [L]: see the module's convention.
+
+    A known residue hears of those read before it, a masked one of all others, but for copies of itself.
+    """
+    apart = rank[:, None] != rank[None]
+    return known[..., None] * after(rank).to(known) + (1 - known[..., None]) * apart.to(known)
 
 
 def read_in(order: Tensor) -> Tensor:
     """Who hears of whom [1,L,L] where order [L] lists the residues as they are read: of those before."""
-    rank = order.argsort()
-    return (rank[:, None] > rank[None]).float()[None]
+    return after(order.argsort()).float()[None]
 
 
 def call(net: nn.Module, x: Tensor, time: Tensor, cond: Encoded) -> Tensor:

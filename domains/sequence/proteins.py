@@ -24,6 +24,7 @@ from limbeck.domains.sequence.structure import Structure, load, thread
 from limbeck.domains.sequence.text import PROTEIN
 
 LEAST = 2  # residues of a backbone
+NLL = "-NLL"  # how the names of likelihoods as rewards begin
 PROPERTIES = {
     "instability": "instability_index",
     "gravy": "gravy",
@@ -38,6 +39,18 @@ class Residues(tokens.Letters):
     def __init__(self, structure: Structure) -> None:
         super().__init__(PROTEIN)
         self.structure = structure
+
+    @property
+    def native(self) -> str:
+        """The designed chain's own sequence, X where unknown."""
+        return self.structure.native
+
+    def records(self, name: str, text: str) -> list[fasta.Record]:
+        """A design in FASTA files: one record, or where the backbone has several chains NAME_CHAIN for each."""
+        found = self.structure.by_chain(text)
+        if len(found) == 1:
+            return super().records(name, text)
+        return [fasta.Record(f"{name}_{chain}", letters) for chain, letters in found.items()]
 
 
 class Templates:
@@ -71,16 +84,29 @@ class Templates:
 
 def teacher(config: settings.Mpnn, build: Build) -> Model:
     """Factory of sequence.mpnn: the masked denoiser of one backbone; a prompt is a template of its length, or empty."""
-    structure = checked(load(config.structure, config.chain))
-    fixed = structure.places(config.fixed, "teacher.fixed")
-    lost = next((i for i in fixed if structure.native[i] == "X"), None)
-    if lost is not None:
-        raise BadInput(f"teacher.fixed: nobody knows what residue {structure.numbers[lost]} is; leave it out")
+    structure = checked(load(config.structure, config.chain, config.tied))
+    fixed = kept(structure, config.fixed)
     net = mpnn.Designer(mpnn.load(config.weights), structure, biases(config.bias, config.omit), config.temperature)
     denoiser = TokenNetwork(net.to(build.device), MaskProcess(PROTEIN.size), mpnn.call, timed=False)
     encode = Templates(structure, fixed, config.omit, build.device)
     name = f"{structure.name} {config.weights}"
     return Model(denoiser, (structure.designed,), Residues(structure), encode, name, place=encode.place)
+
+
+def kept(structure: Structure, text: str) -> list[int]:
+    """Where the residues with the numbers of `10-20,35` lie; BadInput where the native letter is not known or not one.
+
+    Tied chains may differ in nature: what is kept must be the same in all of them.
+    """
+    found, size = structure.places(text, "teacher.fixed"), structure.designed
+    for i in found:
+        natives = {structure.text[copy * size + i] for copy in range(structure.copies)}
+        if "X" in natives:
+            raise BadInput(f"teacher.fixed: nobody knows what residue {structure.numbers[i]} is; leave it out")
+        if len(natives) > 1:
+            who = f"residue {structure.numbers[i]} is {', '.join(sorted(natives))} in the tied chains"
+            raise BadInput(f"teacher.fixed: {who}; leave it out")
+    return found
 
 
 def biases(given: dict[str, float], omit: str) -> Tensor:
@@ -99,10 +125,10 @@ def checked(structure: Structure) -> Structure:
     return structure
 
 
-def structure_of(name: str | None, chain: str | None, build: Build) -> Structure:
+def structure_of(build: Build, config: settings.MpnnNll | settings.Contacts | None = None) -> Structure:
     """The backbone that a reward names, else the teacher's."""
-    if name is not None:
-        return checked(load(name, chain))
+    if config is not None and config.structure is not None:
+        return checked(load(config.structure, config.chain, config.tied))
     codec: Any = build.piece("teacher").codec if build.has("teacher") else None
     if not isinstance(codec, Residues):
         raise BadInput("which backbone? the recipe's teacher has none: set the reward's structure, such as 1A8O")
@@ -112,22 +138,22 @@ def structure_of(name: str | None, chain: str | None, build: Build) -> Structure
 def likelihood(config: settings.MpnnNll, build: Build) -> Reward:
     """Factory of the reward sequence.mpnn_nll: minus the nats a residue by other weights, a mean over fixed orders.
 
-    Partner chains are read first. The judge is a sibling of the teacher: the same net, trained on the same chains with
-    other noise or a part of them. What both are wrong about it does not see.
+    Partner chains are read first, tied residues at once. The judge is a sibling of the teacher: the same net, trained
+    on the same chains with other noise or a part of them. What both are wrong about it does not see.
     """
-    structure = structure_of(config.structure, config.chain, build)
+    structure = structure_of(build, config)
     net = mpnn.Designer(mpnn.load(config.weights), structure, torch.zeros(PROTEIN.size), 1.0).to(build.device)
     net.requires_grad_(False)
-    size, context = structure.designed, torch.arange(structure.designed, len(structure.text))
+    size = structure.designed
     drawn = [torch.randperm(size, generator=generator(config.seed, "mpnn.order", k)) for k in range(config.orders)]
-    orders = [torch.cat([context, order]).to(build.device) for order in drawn]
+    orders = [order.to(build.device) for order in drawn]
 
     def score(x: Tensor, cond: Condition, *, t: Tensor | None, gen: torch.Generator | None) -> Tensor:
         if x.shape[1:] != (size, PROTEIN.size):
             raise BadInput(f"sequence.mpnn_nll reads the {size} residues of {structure.name}")
         return -torch.stack([net.nll(x.float(), order) for order in orders]).mean(0)
 
-    name = f"-NLL {config.weights} (sibling model)"
+    name = f"{NLL} {config.weights} (sibling model)"
     return Reward(score, name, "onehot", differentiable=True, accepts_soft=True, chunk=32)
 
 
@@ -164,11 +190,11 @@ def threaded(build: Build, path: Path, suffix: str) -> list[Path]:
 
     The confidence is p(residue | all but an eighth of the others) at temperature 1, whatever the walk's is.
     """
-    structure = structure_of(None, None, build)
+    structure = structure_of(build)
     model: Model = build.piece("teacher")
     space = build.piece("space")
     prompts = space.prompts(build, build.recipe.sample.count * space.config.n)
-    found = export.Designs(space.result(build, prompts, build.recipe.seed), prompts, {}, PROTEIN)
+    found = export.designs(model, space.result(build, prompts, build.recipe.seed), prompts, {})
     denoiser: Any = copy.deepcopy(build.piece("student").denoiser if build.has("student") else model.denoiser)
     denoiser.network.net.temperature = 1.0
     probs = torch.cat(list(export.conditional(model, denoiser, found)))

@@ -1,4 +1,4 @@
-"""The table of a design run: rewards, k-mers, likelihood, diversity and novelty, with the nulls beside them.
+"""The table of a design run: rewards and what they gained, k-mers, likelihood, diversity, novelty, and the nulls.
 
 Legend: N sequences, L length. The measures are those of DRAKES (Wang et al. 2024) where it has them.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from limbeck.core.diffusion.denoiser import Model
 from limbeck.core.diffusion.discrete import MaskProcess
+from limbeck.core.rewards.metric import gain
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput
 from limbeck.core.run.rng import generator
@@ -22,8 +23,10 @@ from limbeck.core.run.table import OWN
 from limbeck.core.steering.samplers import in_parts
 from limbeck.domains.sequence import config as settings
 from limbeck.domains.sequence import export, logo, space, statistics, tokens
+from limbeck.domains.sequence.proteins import NLL
 
 Row = dict[str, float | str]
+Values = dict[str, Tensor]  # by reward, as export.scored has them
 FEWEST = 8  # natural sequences that say anything about k-mers
 
 
@@ -57,9 +60,12 @@ def rows(config: settings.Quality, build: Build) -> Iterator[Row]:
     """The pretrained model, what the run made, and the nulls; the run's own designs are kept as files."""
     natural, made = naturals(config, build), list(drawn(config, build))
     kept(config, build, made[-1], natural)
+    before: Values = {}
     for one in [*made, *(nulls(config, build, natural) if natural else ())]:
         build.note(f"measuring: {one.generator}")
-        yield row(config, build, one, natural)
+        values = scored(build, one)
+        before = before or values  # the pretrained model comes first
+        yield row(config, build, one, natural, values) | (gains(before, values) if one.generator == OWN else {})
 
 
 def prompts(config: settings.Quality, build: Build) -> list[str]:
@@ -141,7 +147,7 @@ def nulls(config: settings.Quality, build: Build, natural: Natural) -> Iterator[
     yield Made("shuffled", "natural letters", statistics.shuffled(other, gen), texts[: len(other)])
 
 
-def row(config: settings.Quality, build: Build, made: Made, natural: Natural | None) -> Row:
+def row(config: settings.Quality, build: Build, made: Made, natural: Natural | None, values: Values) -> Row:
     """One generator: medians of rewards, the held-out reward's 95th percentile, and what its letters are like.
 
     A k-mer correlation grows with the number of sequences: the nulls beside it have as many as the designs, where
@@ -150,13 +156,14 @@ def row(config: settings.Quality, build: Build, made: Made, natural: Natural | N
     model: Model = build.piece("teacher")
     alphabet = export.letters(model)
     out: Row = {"generator": made.generator, "by": made.by, "sequences": len(made.ids)}
-    out |= rewards(build, made)
+    out |= rewards(values)
     if natural:
         k = kmer(config, alphabet.name)
         out[f"{k}-mer Pearson"] = statistics.kmer_pearson(made.ids, natural.reference, k, alphabet.size)
     if isinstance(model.denoiser.process, MaskProcess):
         value = log_likelihood(model, made.ids, made.prompts, build.seed, config.levels)
         out["log-likelihood a letter"] = float(value.median()) / made.ids.shape[1]
+    out |= recovery(model, made)
     out["diversity"] = statistics.diversity(made.ids, alphabet.size)
     if natural:
         new = made.generator != "natural"
@@ -171,13 +178,45 @@ def kmer(config: settings.Quality, alphabet: str) -> int:
     return config.kmer or (3 if alphabet == "protein" else 6)
 
 
-def rewards(build: Build, made: Made) -> Row:
+def scored(build: Build, made: Made) -> Values:
+    """Every reward's values [N]; none where the recipe has no rewards."""
+    return export.scored(build, made.ids, made.prompts) if build.recipe.rewards is not None else {}
+
+
+def rewards(values: Values) -> Row:
     """Medians of every reward, trained and held out, and how high the best twentieth of the held-out sum begins."""
-    if build.recipe.rewards is None:
+    if not values:
         return {}
-    values = export.scored(build, made.ids, made.prompts)
     out: Row = {name: float(value.median()) for name, value in values.items() if ": " in name}
     return out | {"held_out: 95th percentile": float(values["held_out"].double().quantile(0.95))}
+
+
+def gains(before: Values, after: Values) -> Row:
+    """The mean gain of every reward over the pretrained model's samples, row by row, with its 95% interval.
+
+    A student's rows come from the same noise as the pretrained model's; those of samplers share the prompt alone, which
+    makes the interval wider and no less right. "in sd" counts the deviations of the pretrained model's samples; of a
+    protein's negative log-likelihood the relative change of the mean is said besides.
+    """
+    out: Row = {}
+    for name in (name for name in before if ": " in name):
+        out |= {f"{name}: {key}": value for key, value in gain(before[name], after[name]).items()}
+        split, _, reward = name.partition(": ")
+        if reward.startswith(NLL):
+            change = float(after[name].double().mean() / before[name].double().mean()) - 1
+            out[f"{split}: {reward.removeprefix('-')}: relative change"] = change
+    return out
+
+
+def recovery(model: Model, made: Made) -> Row:
+    """The share of residues that are the native ones, where the model knows those; what is fixed is left out."""
+    native: str | None = getattr(model.codec, "native", None)
+    if native is None:
+        return {}
+    alphabet = export.letters(model)
+    known = tokens.encode([native], alphabet)
+    free = (model.encode(made.prompts)["fixed"].cpu() == alphabet.size) & (known < alphabet.size)
+    return {"native recovery": float((free & (made.ids == known)).sum() / free.sum())} if bool(free.any()) else {}
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ seen are not invented: the numbers jump there.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,10 @@ PROTONATED = {
 
 @dataclass(frozen=True)
 class Structure:
-    """The backbone of one designed chain, and of partner chains after it whose sequence is kept."""
+    """The backbone of one designed chain, then of those tied to it, then of partners whose sequence is kept.
+
+    Tied chains are copies of the designed one: as many residues, with the same numbers, and always the same letters.
+    """
 
     name: str
     text: str  # the native sequence of all chains, X where unknown
@@ -42,11 +45,24 @@ class Structure:
     insertions: list[str]  # the letter after a number, or ""
     chains: list[str]  # of each residue
     designed: int  # residues of the designed chain: the first ones
+    copies: int = 1  # chains that have the designed letters: the designed one and those tied to it
 
     @property
     def native(self) -> str:
         """The designed chain's own sequence."""
         return self.text[: self.designed]
+
+    @property
+    def partners(self) -> str:
+        """The sequence of the partner chains."""
+        return self.text[self.copies * self.designed :]
+
+    def by_chain(self, text: str) -> dict[str, str]:
+        """Every chain's sequence for a designed one [L], in the order of the chains."""
+        found: dict[str, str] = {}
+        for chain, one in zip(self.chains, text * self.copies + self.partners, strict=True):
+            found[chain] = found.get(chain, "") + one
+        return found
 
     @property
     def chain_numbers(self) -> list[int]:
@@ -88,30 +104,32 @@ def names() -> list[str]:
     return sorted(path.name.split(".")[0] for path in ASSET.glob("*.gz"))
 
 
-def load(name: str, chain: str | None = None) -> Structure:
+def load(name: str, chain: str | None = None, tied: str = "") -> Structure:
     """An embedded structure or a file (PDB or mmCIF, plain or gzipped); see `read`."""
     embedded = {path.name.split(".")[0]: path for path in ASSET.glob("*.gz")}
     path = embedded.get(name.upper(), Path(name).expanduser())
     if not path.is_file():
         hint = did_you_mean(name, embedded) or f"; embedded ones: {', '.join(names())}"
         raise BadInput(f"there is no structure {clean(name, 80)}{hint}")
-    return read(path, chain)
+    return read(path, chain, tied)
 
 
-def read(path: Path, chain: str | None = None) -> Structure:
-    """The chain of a file, by default the first protein; of `A,B` the first is designed, the others are partners."""
+def read(path: Path, chain: str | None = None, tied: str = "") -> Structure:
+    """The chain of a file, by default the first protein; of `A,B` the first is designed, the others are partners.
+
+    Chains that are tied to the designed one are designed with it, letter by letter the same (homo-oligomers).
+    """
     where = clean(path.name, 80)
     model = parsed(fasta.text_of(path, "PDB or mmCIF"), where)
     found = {one.id: residues for one in model if (residues := list(protein(one)))}
     if not found:
         raise BadInput(f"{where}: has no protein chain (nucleic acids only, or no atoms?); give a protein's structure")
-    wanted = [part.strip() for part in chain.split(",")] if chain else [next(iter(found))]
-    for one in wanted:
-        if one not in found:
-            raise BadInput(f"{where}: has no protein chain {clean(one, 20)}; it has {', '.join(found)}")
-    if len(set(wanted)) < len(wanted):
-        raise BadInput(f"{where}: the chain {clean(chain, 40)} is named twice; name each chain once")
-    rows = [(one, residue) for one in wanted for residue in found[one]]
+    named, same = (listed(text, found, where) for text in (chain or "", tied))
+    own, copies = order(named or same[:1] or [next(iter(found))], same, where)
+    labels = {one: [label(residue) for residue in found[one]] for one in own[:copies]}
+    for one in own[1:copies]:
+        paired(own[0], one, labels, where)
+    rows = [(one, residue) for one in own for residue in found[one]]
     return Structure(
         name=path.name.split(".")[0],
         text="".join(letter(residue) for _, residue in rows),
@@ -119,8 +137,49 @@ def read(path: Path, chain: str | None = None) -> Structure:
         numbers=[residue.id[1] for _, residue in rows],
         insertions=[residue.id[2].strip() for _, residue in rows],
         chains=[one for one, _ in rows],
-        designed=len(found[wanted[0]]),
+        designed=len(found[own[0]]),
+        copies=copies,
     )
+
+
+def listed(text: str, found: Iterable[str], where: str) -> list[str]:
+    """The chains of `A,B`; BadInput for what is no protein chain of the file, or named twice."""
+    wanted = [part.strip() for part in text.split(",")] if text else []
+    for one in wanted:
+        if one not in found:
+            raise BadInput(f"{where}: has no protein chain {clean(one, 20)}; it has {', '.join(found)}")
+    if len(set(wanted)) < len(wanted):
+        raise BadInput(f"{where}: the chain {clean(text, 40)} is named twice; name each chain once")
+    return wanted
+
+
+def order(named: list[str], tied: list[str], where: str) -> tuple[list[str], int]:
+    """The designed chain, those tied to it and the partners; and how many have the designed letters."""
+    if len(tied) == 1:
+        raise BadInput(f"{where}: tied names the chain {clean(tied[0], 20)} alone; name two or more, such as A,B")
+    if tied and named[0] not in tied:
+        raise BadInput(f"{where}: the designed chain {clean(named[0], 20)} is not among the tied ones; name it there")
+    same = [named[0], *(one for one in tied if one != named[0])]
+    return [*same, *(one for one in named if one not in same)], len(same)
+
+
+def paired(a: str, b: str, labels: dict[str, list[str]], where: str) -> None:
+    """BadInput unless two chains that are to be tied have the same residues, by the file's numbers."""
+    ours, theirs = labels[a], labels[b]
+    if ours == theirs:
+        return
+    missing = [(one, b) for one in ours if one not in theirs] + [(one, a) for one in theirs if one not in ours]
+    what = f"{missing[0][1]} has no residue {missing[0][0]}" if missing else "their residues come in another order"
+    more = f" ({len(missing)} such residues)" if len(missing) > 1 else ""
+    raise BadInput(
+        f"{where}: the chains {clean(a, 20)} and {clean(b, 20)} cannot be tied: {what}{more}; "
+        "model it, remove it from both, or number them alike"
+    )
+
+
+def label(residue: Any) -> str:
+    """A residue's number with its insertion letter, as the file has them: 52A."""
+    return f"{residue.id[1]}{residue.id[2].strip()}"
 
 
 def parsed(text: str, where: str) -> Any:
@@ -173,8 +232,7 @@ def backbone(residues: Sequence[Any], residue: Any, where: str) -> Tensor:
     """N, CA, C, O [4,3] of one residue; an O that is missing is built, any other atom must be there."""
     missing = [name for name in BACKBONE[:3] if name not in residue]
     if missing:
-        _, number, inserted = residue.id
-        who = f"residue {number}{inserted.strip()} ({residue.resname.strip()}) of chain {residue.get_parent().id}"
+        who = f"residue {label(residue)} ({residue.resname.strip()}) of chain {residue.get_parent().id}"
         raise BadInput(f"{where}: {who} lacks {', '.join(missing)}; build it with a modelling program, or remove it")
     found = {name: torch.tensor(residue[name].coord, dtype=torch.float32) for name in BACKBONE if name in residue}
     if "O" not in found:
@@ -200,19 +258,19 @@ def unit(x: Tensor) -> Tensor:
 def thread(structure: Structure, text: str, confidence: Sequence[float], path: Path) -> Path:
     """Writes a designed sequence on its backbone: N, CA, C, O alone, B-factors 100 times the confidence in [0,1].
 
-    PDB, or mmCIF where the path ends in .cif. Numbers and chains are the file's own; partners keep their sequence, with
-    B-factors of 100.
+    PDB, or mmCIF where the path ends in .cif. Numbers and chains are the file's own; tied chains are alike in letters
+    and B-factors; partners keep their sequence, with B-factors of 100.
     """
     pdb, built = fasta.biopython("PDB"), fasta.biopython("PDB.StructureBuilder").StructureBuilder()
     names = {one: three for three, one in fasta.biopython("Data.PDBData").protein_letters_3to1.items()}
     is_cif = path.name.endswith(".cif")
-    if not is_cif and any(len(chain) > 1 for chain in structure.chains):
-        raise BadInput(f"a PDB file cannot name the chain {clean(structure.chains[0], 20)}; write mmCIF")
+    long = next((chain for chain in structure.chains if len(chain) > 1), None)
+    if long is not None and not is_cif:
+        raise BadInput(f"a PDB file cannot name the chain {clean(long, 20)}; write mmCIF")
     built.init_structure(structure.name)
     built.init_model(0)
-    whole = text + structure.text[structure.designed :]
-    shown = [*confidence, *[1.0] * (len(whole) - len(confidence))]
-    for i, one in enumerate(whole):
+    shown = [*list(confidence) * structure.copies, *[1.0] * len(structure.partners)]
+    for i, one in enumerate("".join(structure.by_chain(text).values())):
         if i == 0 or structure.chains[i] != structure.chains[i - 1]:
             built.init_chain(structure.chains[i])
             built.init_seg("    ")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from limbeck.core.run.errors import BadInput, clean
+from limbeck.domains.sequence.fasta import Record
 from limbeck.domains.sequence.text import Alphabet
 
 HOLE = "_"  # a mask, where a state is written as text
@@ -68,6 +69,10 @@ class Letters:
 
     def __init__(self, alphabet: Alphabet) -> None:
         self.alphabet = alphabet
+
+    def records(self, name: str, text: str) -> list[Record]:
+        """A sequence in FASTA files."""
+        return [Record(name, text)]
 
     def encode(self, x: Tensor, gen: torch.Generator | None = None) -> Tensor:
         return x

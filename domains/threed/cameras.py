@@ -74,12 +74,11 @@ class Cameras:
 
     def rays(self) -> tuple[Tensor, Tensor]:
         """Origins and unit directions [V,H,W,3] of the rays through the pixels' centres, row 0 at the top."""
-        like = {"device": self.fov.device, "dtype": self.fov.dtype}
-        v, u = torch.meshgrid(
-            torch.arange(self.height, **like) + 0.5,  # type: ignore[arg-type]
-            torch.arange(self.width, **like) + 0.5,  # type: ignore[arg-type]
-            indexing="ij",
+        rows, columns = (
+            torch.arange(count, device=self.fov.device, dtype=self.fov.dtype) + 0.5
+            for count in (self.height, self.width)
         )
+        v, u = torch.meshgrid(rows, columns, indexing="ij")
         focal = self.focal[:, None, None]
         x, y = (u - self.width / 2) / focal, (self.height / 2 - v) / focal
         local = torch.stack([x, y, -torch.ones_like(x)], -1)

@@ -39,13 +39,13 @@ class Solid:
         """Signed distance [N] of points [N,3], negative inside; all shapes fit into a ball of radius .75."""
         x, y, z = p.unbind(-1)
         flat = torch.hypot(x, y)
-        if self.shape == "sphere":
-            return p.norm(dim=-1) - 0.55
-        if self.shape == "torus":
-            return torch.hypot(flat - 0.45, z) - 0.2
+        if self.shape in ("sphere", "torus"):
+            centre = torch.hypot(flat, z) if self.shape == "sphere" else torch.hypot(flat - 0.45, z)
+            return centre - (0.55 if self.shape == "sphere" else 0.2)
         sides = [flat - 0.4] if self.shape == "cylinder" else [x.abs() - 0.42, y.abs() - 0.42]
         away = torch.stack([*sides, z.abs() - (0.5 if self.shape == "cylinder" else 0.42)], -1)
-        return away.clamp_min(0).norm(dim=-1) + away.amax(-1).clamp_max(0)
+        outside: Tensor = away.clamp_min(0).norm(dim=-1)
+        return outside + away.amax(-1).clamp_max(0)
 
     def colour(self, p: Tensor) -> Tensor:
         """Colour [N,3] in [0, 1] at points [N,3]."""

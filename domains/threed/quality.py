@@ -29,6 +29,9 @@ def build(config: settings.Quality, build: Build) -> Callable[[], list[Row]]:
 
 def rows(config: settings.Quality, build: Build) -> Iterator[Row]:
     """A row a scene; where the object is known also the teacher's own answer and a white picture."""
+    for format in config.formats:
+        build.note(f"writing {format}")
+        build.piece("space").export(build, build.folder / "exports" / format, format)
     prompt = space.prompt(build)
     truth = Known.of(build, prompt)
     for i, scene in enumerate(space.scenes(build)):
@@ -77,7 +80,8 @@ def retrieved(build: Build, image: Tensor) -> str:
         found: Known | None = denoiser.known(other)
         if found is not None and found.image.shape == image.shape:
             errors[other] = float((image - found.image).square().mean())
-    return min(errors, key=lambda name: errors[name])
+    best: str = min(errors, key=lambda name: errors[name])
+    return best
 
 
 @torch.no_grad()
@@ -90,4 +94,3 @@ def one_step(build: Build, truth: Known, prompt: str) -> Tensor:
     t = torch.full((count,), LATE, device=device)
     x0 = model.denoiser.predict(model.denoiser.process.start(noise, t), t, cond).x0
     return model.codec.decode(x0).clamp(-1, 1).cpu()
-

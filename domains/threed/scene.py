@@ -81,5 +81,5 @@ def seen(scene: Scene, cameras: Cameras, background: float = 1.0, chunk: int = 8
         some = cameras.pick(slice(start, start + chunk))
         parts.append(scene.render(some, some.fov.new_full((len(some), scene.channels), background)))
     normals = None if parts[0].normals is None else torch.cat([p.normals for p in parts if p.normals is not None])
-    one = [torch.cat([getattr(part, name) for part in parts]) for name in ("image", "alpha", "depth")]
-    return Views(*one, normals=normals)
+    image, alpha, depth = (torch.cat([getattr(part, name) for part in parts]) for name in ("image", "alpha", "depth"))
+    return Views(image, alpha, depth, normals)

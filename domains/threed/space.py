@@ -101,7 +101,8 @@ class Assets:
     def export(self, build: Build, path: Path, format: str) -> list[Path]:
         """Writes the first scene in one of `formats`, with its facts beside it."""
         facts = {"prompt": prompt(build), "seed": build.seed, "steps": build.step, "recipe": build.recipe.name}
-        return asset.export(scenes(build)[0], path, format, self.config.files, facts)
+        found: list[Path] = asset.export(scenes(build)[0], path, format, self.config.files, facts)
+        return found
 
 
 def build(config: settings.Assets, build: Build) -> Assets:

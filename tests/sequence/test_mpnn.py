@@ -90,6 +90,14 @@ def test_a_masked_residue_is_told_the_known_ones_as_if_read_along_the_chain() ->
 
 
 @torch.no_grad()
+def test_many_rows_are_answered_as_few_are() -> None:
+    net, ids = designer(), shuffled(native(), 33)
+    x = torch.where(torch.arange(70) % 3 == 0, 20, ids)
+    assert torch.allclose(net(x), net.answer(x), atol=1e-5) and net(x[:0]).shape == (0, 70, 20)
+    assert net(x).equal(net(x))
+
+
+@torch.no_grad()
 def test_no_residue_hears_its_own_letter() -> None:
     net, ids = designer(), native()
     other = ids.clone()

@@ -124,12 +124,50 @@ def test_medians_and_the_percentile_of_the_held_out_sum(built: Callable[..., Bui
     x = torch.zeros(41, LENGTH, dtype=torch.long)
     for i in range(24):
         x[i, : i + 1] = 1
-    row = quality.rewards(build, quality.Made("student", "x", x, [""] * 41))
+    row = quality.rewards(quality.scored(build, quality.Made("student", "x", x, [""] * 41)))
     values = sorted(strong(x, {}, t=None, gen=None).tolist())
     assert row["train: strong"] == pytest.approx(values[20])
     assert row["held_out: 95th percentile"] == pytest.approx(values[38]) and math.isclose(
         values[38], 22 / 24, abs_tol=1e-6
     )
+
+
+def test_gains_are_paired_with_the_pretrained_models_samples(built: Callable[..., Build]) -> None:
+    build = built()
+    before = torch.randint(4, (40, LENGTH), generator=generator(0, "before", 0))
+    after = torch.where(torch.rand(before.shape, generator=generator(0, "how", 0)) < 0.3, 1, before)
+    values = [quality.scored(build, quality.Made("x", "x", ids, [""] * 40)) for ids in (before, after)]
+    found = quality.gains(*values)
+    was, now = (strong(x, {}, t=None, gen=None).double() for x in (before, after))
+    change, half = now - was, 1.96 * float((now - was).std()) / 40**0.5
+    for split in ("train", "held_out"):
+        got = [found[f"{split}: strong: {key}"] for key in ("gain", "low", "high", "in sd")]
+        want = [float(change.mean()), float(change.mean()) - half, float(change.mean()) + half]
+        assert got == pytest.approx([*want, float(change.mean() / was.std())], abs=1e-6)
+    assert found["train: strong: low"] > 0 and half < 1.96 * float((was.var() + now.var()).sqrt()) / 40**0.5
+    rows = table(built(sampler={"kind": "best_of", "n": 4, "walk": {"steps": 6}}))
+    own, plain = rows.pop("student"), rows.pop("pretrained")
+    assert own["train: strong: low"] < own["train: strong: gain"] < own["train: strong: high"]
+    assert "train: strong: gain" not in plain and not any("train: strong: gain" in row for row in rows.values())
+    still = table(built(student={"kind": "sequence.tuned", "steps": 6}))["student"]  # the teacher, from the same noise
+    assert [still[f"train: strong: {key}"] for key in ("gain", "low", "high", "in sd")] == [0.0] * 4
+
+
+def test_proteins_tell_the_relative_change_of_the_likelihood() -> None:
+    name = "held_out: -NLL soluble_v_48_020 (sibling model)"
+    before, after = torch.tensor([-1.0, -1.4, -1.2]), torch.tensor([-1.1, -1.5, -1.36])
+    found = quality.gains({name: before, "held_out": before}, {name: after, "held_out": after})
+    assert found["held_out: NLL soluble_v_48_020 (sibling model): relative change"] == pytest.approx(0.1, abs=1e-6)
+    assert found[f"{name}: gain"] == pytest.approx(-0.12, abs=1e-6) and len(found) == 5
+
+
+def test_recovery_is_of_the_native_letters_that_were_free(built: Callable[..., Build], tiny: Any) -> None:
+    model = tiny.tiny_model(PROTEIN, 4)
+    made = quality.Made("x", "x", tokens.encode(["ACDE", "WCDY"], PROTEIN), ["", "XCXX"])
+    assert quality.recovery(model, made) == {}  # nobody knows what is native
+    model.codec.native = "ACXE"
+    assert quality.recovery(model, made) == {"native recovery": pytest.approx(3 / 5)}  # A C E, and neither W nor Y
+    assert quality.recovery(model, quality.Made("x", "x", made.ids, ["ACDE", "WCDY"])) == {}
 
 
 def test_templates_are_what_is_designed(built: Callable[..., Build]) -> None:
