@@ -18,7 +18,7 @@ from limbeck.domains.image import models
 from limbeck.domains.sequence import models as sequence_models
 
 COMMON = ["steps=20", "checkpoint.every=10", "checkpoint.keep=5", "sample.every=1000", "eval=[]"]
-EMBEDDED = [name for name in recipes.names() if name.split("/")[0] in ("image", "sequence", "toy")]
+EMBEDDED = [name for name in recipes.names() if name.split("/")[0] in ("image", "sequence", "threed", "toy")]
 JOBS = {name: recipes.source(name).data.get("job", "train") for name in EMBEDDED}
 SAMPLING = [name for name in EMBEDDED if JOBS[name] == "sample" and name.startswith("image/")]
 SEQUENCE_SAMPLING = [name for name in EMBEDDED if JOBS[name] == "sample" and name.startswith("sequence/")]
@@ -60,16 +60,35 @@ def small_sequences(name: str, folder: Path) -> list[str]:
     if name == "sequence/drakes-protein":
         return [*sets, "student.steps=2", "stages.0.losses.0.walk.steps=3", "stages.0.losses.0.last=2"]
     sets += [f"teacher.model={folder / 'model'}", "student.steps=2", "stages.0.losses.0.walk.steps=3"]
-    if recipes.source(name).data["rewards"]["train"][0]["kind"] == "sequence.oracle":
-        sets += [f"rewards.{split}.0.model={folder / 'oracle.safetensors'}" for split in ("train", "held_out")]
+    data, oracle = recipes.source(name).data, folder / "oracle.safetensors"
+    if data["rewards"]["train"][0].get("of", {}).get("kind") == "sequence.oracle":
+        sets += [f"rewards.train.0.of.model={oracle}", f"rewards.held_out.0.model={oracle}"]
+        sets += [f"data.by={oracle}", "data.among=64"]
     loss = recipes.source(name).data["stages"][0]["losses"][0]
     return [*sets, *(["stages.0.losses.0.last=2"] if loss["kind"] == "drakes" else [])]
+
+
+SOLID = "a red and blue sphere with a green patch"
+
+
+def small_assets(name: str) -> list[str]:
+    """What makes a recipe of 3D tiny: the solids of checks instead of a trained teacher."""
+    sets = [*COMMON, "batch=4"]
+    if name == "threed/teacher":
+        return [*sets, "teacher.widths=[8,8,8]", "teacher.hidden=16"]
+    if name == "threed/vsd":  # its critic starts as the teacher's net
+        return [*sets, "teacher={kind: threed.fresh, widths: [8, 8, 8], hidden: 16}", "student.field.size=6"]
+    sets += [f"data.prompt={SOLID}", "teacher={kind: threed.solids, size: 8}", "data.size=8"]
+    kind = recipes.source(name).data["student"]["kind"]
+    return [*sets, "student.count=40" if kind == "threed.gaussians" else "student.field.size=6"]
 
 
 def overrides(name: str, teacher: Path) -> list[str]:
     """What makes a recipe tiny."""
     if name.startswith("sequence/"):
         return small_sequences(name, teacher.parent / "sequences")
+    if name.startswith("threed/") or name == "toy/solids":
+        return small_assets(name)
     if name == "toy/words":
         return [*COMMON, "batch=8", "stages.0.losses.0.walk.steps=3"]
     if name.startswith("toy/"):

@@ -64,6 +64,7 @@ class Tuned(Strict):
     """The teacher to be tuned, with its walk of `steps`."""
 
     steps: Count = 64
+    places: bool = False  # adds logits of each place, at first 0, for goals that lie at places (nets of kind cnn)
 
 
 class Designs(Strict):

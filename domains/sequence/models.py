@@ -33,7 +33,7 @@ def network(meta: Meta) -> nn.Module:
     net, size = meta["net"], ALPHABETS[meta["alphabet"]].size
     made: Any
     if net["kind"] == "cnn":
-        made = DilatedCNN(size, net["width"], net["kernel"], net["dilations"])
+        made = DilatedCNN(size, net["width"], net["kernel"], net["dilations"], net.get("places", 0))
     elif net["kind"] == "esm" and meta["alphabet"] == "protein":
         from limbeck.domains.sequence import esm  # transformers takes seconds to import
 

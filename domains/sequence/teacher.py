@@ -6,12 +6,16 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from limbeck.core.diffusion.denoiser import Model
+from torch import nn
+
+from limbeck.core.diffusion.denoiser import Denoiser, Model
 from limbeck.core.diffusion.manystep import ManyStep
 from limbeck.core.run.build import Build
+from limbeck.core.run.errors import BadInput
 from limbeck.domains.sequence import config as settings
 from limbeck.domains.sequence import models
 from limbeck.domains.sequence.constraints import constrained_model
+from limbeck.domains.sequence.nets import DilatedCNN
 from limbeck.domains.sequence.text import ALPHABETS
 
 
@@ -38,7 +42,19 @@ def fresh(config: settings.Fresh, build: Build) -> Model:
 def tuned(config: settings.Tuned, build: Build) -> ManyStep:
     """Factory of sequence.tuned: at first the teacher itself, under its own walk."""
     model: Model = build.piece("teacher")
-    return ManyStep(model, copy.deepcopy(model.denoiser).float().requires_grad_(True), config.steps, 1.0)
+    denoiser = copy.deepcopy(model.denoiser).float()
+    if config.places:
+        placed(denoiser, model.shape[0])
+    return ManyStep(model, denoiser.requires_grad_(True), config.steps, 1.0)
+
+
+def placed(denoiser: Denoiser, length: int) -> None:
+    """Gives a net logits of each place, and says so in what it was made from."""
+    net: Any = getattr(getattr(denoiser, "network", None), "net", None)
+    if not isinstance(net, DilatedCNN):
+        raise BadInput("student.places: this model is no cnn and knows its places already; leave it out")
+    net.places = nn.Parameter(net.embed.weight.new_zeros(length, net.size))
+    net.meta = {**net.meta, "net": {**net.meta["net"], "places": length}}
 
 
 def export(build: Build, path: Path) -> list[Path]:

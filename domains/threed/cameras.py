@@ -122,3 +122,11 @@ def direction(azimuth: float, elevation: float, front: float = 45.0, overhead: f
         return "overhead"
     turned = abs((azimuth + 180) % 360 - 180)
     return "front" if turned < front else "back" if turned > 180 - front else "side"
+
+
+def lamp(position: Tensor, noise: Tensor, distance: Tensor) -> Tensor:
+    """Where a point light stands [V,3]: around the camera's direction (DreamFusion, appendix A.2).
+
+    position [V,3] of cameras, standard normal noise [V,3], distance [V], uniform in (.8, 1.5).
+    """
+    return torch.nn.functional.normalize(position + noise, dim=1) * distance[:, None]

@@ -32,6 +32,7 @@ class Law(Strict):
     spread: Annotated[Scheduled, AfterValidator(within(0, 1))] = 0.33  # of its share of the circle a view may stray
     jitter: Annotated[Scheduled, AfterValidator(within(0))] = 0.0  # of where it stands, DreamFusion's .1
     background: Colour | Literal["random"] = (1.0, 1.0, 1.0)
+    albedo: Annotated[Scheduled, AfterValidator(within(0, 1))] = 1.0  # share of steps without a lamp; the rest: shape
     words: bool = False  # adds ", front view" and the like, for teachers that see no camera
     front: Positive = 45.0  # half the angle that counts as front, and as back
 

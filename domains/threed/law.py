@@ -13,7 +13,8 @@ from limbeck.core.run.build import Batch, Build
 from limbeck.core.run.context import Context
 from limbeck.core.run.errors import BadInput
 from limbeck.domains.threed import config as settings
-from limbeck.domains.threed.cameras import UP, Cameras, direction, look_at, orbit
+from limbeck.domains.threed.cameras import UP, Cameras, direction, lamp, look_at, orbit
+from limbeck.domains.threed.scene import SHADINGS
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,24 @@ class Law:
         cameras = self.cameras(ctx)
         asked = {"camera": cameras.rows(), "background": self.background(ctx)}
         asked |= {"jitter": ctx.draws.uniform("threed.jitter")}
-        one = torch.rand(1, generator=ctx.draws.gen("threed.particle")).to(ctx.device)
-        return self.worded(prompts, cameras), asked | {"particle": one.expand(ctx.batch)}
+        asked["particle"] = self.shared(ctx, "threed.particle").expand(ctx.batch)
+        asked["step"] = torch.full((ctx.batch,), ctx.step, device=ctx.device)
+        return self.worded(prompts, cameras), asked | self.lamp(ctx, cameras)
+
+    def shared(self, ctx: Context, stream: str) -> Tensor:
+        """One uniform number [1] for all views and processes."""
+        return torch.rand(1, generator=ctx.draws.gen(stream)).to(ctx.device)
+
+    def lamp(self, ctx: Context, cameras: Cameras) -> Encoded:
+        """The rows light [b,3] and shading [b] of steps with a lamp, half of them without colour (DreamFusion, 3.2)."""
+        share = ctx.at(self.config.albedo)
+        drawn = float(self.shared(ctx, "threed.shading"))
+        if drawn < share:
+            return {}
+        near = ctx.draws.uniform("threed.lamp_distance", lo=0.8, hi=1.5)
+        place = lamp(cameras.position, ctx.draws.normal("threed.lamp", (3,)), near)
+        kind = SHADINGS.index("diffuse" if drawn < (1 + share) / 2 else "textureless")
+        return {"light": place, "shading": torch.full((ctx.batch,), kind, device=ctx.device)}
 
     def cameras(self, ctx: Context) -> Cameras:
         """This process's cameras of the step: azimuths share the circle, the rest is uniform."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from limbeck.core.diffusion.codec import Codec
 from limbeck.core.diffusion.denoiser import Encoded, Sample
 from limbeck.domains.threed.cameras import Cameras
+
+SHADINGS = ("albedo", "diffuse", "textureless")
 
 
 @dataclass
@@ -50,6 +52,28 @@ class Scene(Protocol):
         """What is trained."""
 
 
+@runtime_checkable
+class Growing(Protocol):
+    """A scene that knows how far its making is."""
+
+    def at(self, step: int) -> None:
+        """Tells it the step."""
+
+
+@runtime_checkable
+class Lit(Protocol):
+    """A scene that a lamp may light: its `render` takes `shading` and `light` [V,3]."""
+
+    lit: bool
+
+
+def lamp(scene: Scene, cond: Encoded) -> dict[str, Any]:
+    """What a lamp adds to the arguments of `render`; scenes that cannot be lit are shown as they are."""
+    if "light" not in cond or not isinstance(scene, Lit):
+        return {}
+    return {"shading": SHADINGS[int(cond["shading"][0])], "light": cond["light"]}
+
+
 class SceneStudent(nn.Module):
     """The slot `student`: one scene, or several particles of which a step trains one, seen through the teacher's codec.
 
@@ -67,7 +91,10 @@ class SceneStudent(nn.Module):
 
     def sample(self, noise: Tensor, cond: Encoded, renoise: list[Tensor] | None = None) -> Sample:
         """x [B,*S] in the teacher's space; aux has image, alpha, depth, normals and what the scene adds."""
-        views = self.particle(cond).render(Cameras.of(cond["camera"]), cond["background"], cond.get("jitter"))
+        scene = self.particle(cond)
+        if isinstance(scene, Growing) and "step" in cond:
+            scene.at(int(cond["step"][0]))
+        views = scene.render(Cameras.of(cond["camera"]), cond["background"], cond.get("jitter"), **lamp(scene, cond))
         x = self.codec.encode(views.image) if self.encodes else views.image
         aux = {"image": views.image, "alpha": views.alpha, "depth": views.depth, **views.aux}
         return Sample(x, cond, aux | ({} if views.normals is None else {"normals": views.normals}))

@@ -97,14 +97,6 @@ def spread(values: Tensor, place: Tensor, count: int) -> Tensor:
     return values.new_zeros(*values.shape[:-1], count).index_copy(-1, place, values)
 
 
-def lamp(position: Tensor, noise: Tensor, distance: Tensor) -> Tensor:
-    """Where a point light stands [V,3]: around the camera's direction (DreamFusion, appendix A.2).
-
-    position [V,3] of cameras, standard normal noise [V,3], distance [V], uniform in (.8, 1.5).
-    """
-    return F.normalize(position + noise, dim=1) * distance[:, None]
-
-
 def shaded(colour: Tensor, normal: Tensor, to_light: Tensor, shading: Shading) -> Tensor:
     """Lambert's law on colours [P,3] in [-1, 1]: (c + 1) (.1 + .9 max(0, n.l)) - 1 of albedo c, or of white."""
     lit = AMBIENT + DIFFUSE * (normal * F.normalize(to_light, dim=1)).sum(1, keepdim=True).clamp_min(0)
@@ -129,7 +121,7 @@ class Nerf(nn.Module):
         """`oriented`: normals in training too; `step`: of central differences (null: normals by autograd)."""
         super().__init__()
         self.body, self.sampling, self.oriented, self.step = body, sampling, oriented, step
-        self.channels, self.radius = body.channels, body.radius
+        self.channels, self.radius, self.lit = body.channels, body.radius, body.channels == fields.RGB
 
     def field(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Density [N] and colour [N,C] at points [N,3]."""

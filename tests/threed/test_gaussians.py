@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from limbeck.core.run.rng import generator
-from limbeck.domains.threed import gaussians, rasteriser
+from limbeck.domains.threed import gaussians, rasteriser, surface
 from limbeck.domains.threed.cameras import Cameras, ring
+from limbeck.domains.threed.config import Files
 from limbeck.domains.threed.config import Gaussians as Settings
 from limbeck.domains.threed.gaussians import PARTS, Gaussians, field
 from limbeck.domains.threed.known import psnr
@@ -148,6 +149,19 @@ def test_a_field_says_where_the_sphere_is_and_its_colours() -> None:
     density, colour = scene.field(points)
     assert (density[:2] > 1).all() and not density[2:].any()
     assert colour[0, 0] > 0.7 and colour[0, 2] < -0.7 and colour[1, 0] < -0.7
+
+
+def test_the_mesh_of_a_sphere_is_the_sphere_that_views_show() -> None:
+    """Splats have a width: the outline at half opacity lies outside the radius that their centres are at."""
+    pytest.importorskip("skimage")
+    scene, views = shell(2000), ring(1, 128, elevation=0.0)
+    mesh, _ = surface.extract(scene, Files(resolution=48))
+    area = int((seen(scene, views).alpha > 0.5).sum())
+    radius = 3 * math.sqrt(area / math.pi) / float(views.focal)
+    assert 0.5 < radius < 0.65
+    assert mesh.watertight and mesh.components()[0] == 1
+    assert abs(float(mesh.volumes.sum()) / (4 / 3 * math.pi * radius**3) - 1) < 0.15
+    assert ((mesh.normals * mesh.vertices).sum(1) > 0).all()
 
 
 def test_splats_learn_a_known_object() -> None:

@@ -1,7 +1,10 @@
 """Our rasteriser against the dense one, against what one Gaussian must look like, and on more threads."""
 
+import importlib
 import math
 from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -173,3 +176,28 @@ def test_it_repeats_bit_for_bit_on_more_threads() -> None:
     for picture, slopes in found[1:]:
         assert torch.equal(picture, found[0][0])
         assert all(torch.equal(a, b) for a, b in zip(slopes, found[0][1], strict=True))
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    return importlib.import_module("rasteriser")
+
+
+SMALL = ["--rounds", "1", "--count", "2000", "--size", "64", "--double", "300", "--counts", "300", "600", "900"]
+
+
+def test_the_benchmark_holds_its_bars(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """Small: here a hit gets cheaper with more of them, most of the time being overhead."""
+    assert benchmark.main([*SMALL, "--sizes", "16", "32", "64"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("\n| ") == 3 + 8 + 7 and said.endswith("pass\n")
+
+
+def test_a_slow_or_different_rasteriser_misses_the_bars(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "render", dense)
+    assert len(benchmark.against(300, 32, 1)) == 1
+    monkeypatch.setattr(
+        benchmark, "render", lambda *args: render(replace(args[0], scales=args[0].scales + 0.01), *args[1:])
+    )
+    assert benchmark.agreement(300, 32, 100)

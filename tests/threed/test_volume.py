@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from limbeck.core.run.errors import BadInput
 from limbeck.domains.threed import posed, volume
-from limbeck.domains.threed.cameras import Cameras, orbit, ring
+from limbeck.domains.threed.cameras import Cameras, lamp, orbit, ring
 from limbeck.domains.threed.config import HashGrid, Nerf, Sampling, Voxels
 from limbeck.domains.threed.scene import seen
 
@@ -241,7 +241,7 @@ def test_shading_lights_the_lamp_s_side() -> None:
     scene = volume.Nerf(Ball(100.0), even(100))
     front, back = scene.render(cameras, white(cameras), shading="textureless", light=light).image[:, :, 7, 7]
     assert front.min() > 0.9 and back.max() < -0.7
-    lamps = volume.lamp(cameras.position, torch.zeros(2, 3), torch.tensor([0.8, 1.5]))
+    lamps = lamp(cameras.position, torch.zeros(2, 3), torch.tensor([0.8, 1.5]))
     assert torch.allclose(lamps, cameras.position / 3 * torch.tensor([[0.8], [1.5]]), atol=1e-5)
 
 
