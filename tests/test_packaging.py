@@ -99,7 +99,7 @@ def test_the_lock_holds_plain_pins() -> None:
 def test_the_lock_satisfies_what_setup_installs() -> None:
     wanted = [
         *PROJECT["project"]["dependencies"],
-        *(text for name in ("embedded", "image", "dev") for text in EXTRAS[name]),
+        *(text for name in ("embedded", "image", "sequence", "threed", "dev") for text in EXTRAS[name]),
     ]
     for text in wanted:
         requirement = Requirement(text)

@@ -58,8 +58,6 @@ class DensityControl:
 
     def phases(self, ctx: Context) -> Iterator[Phase]:
         """A phase of the student without a loss of its own, once statistics count; then, if it is time, the change."""
-        for scene in self.scenes:
-            scene.constrain()
         done = ctx.step + 1
         if self.config.start - self.config.every < done <= self.config.end:
             yield Phase((self.player.name,), dict, partial(self.gather, ctx))

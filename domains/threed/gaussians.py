@@ -86,6 +86,11 @@ class Gaussians(nn.Module):
         if self.channels == 3:
             self.colours.clamp_(-FULL, FULL)
 
+    @torch.no_grad()
+    def at(self, step: int) -> None:
+        """A step begins: what the last one pushed out of its range comes back."""
+        self.constrain()
+
     def render(self, cameras: Cameras, background: Tensor, jitter: Tensor | None = None) -> Views:
         """Pictures over background [V,C]; splats have no samples to jitter. Normals come from the depth.
 

@@ -90,9 +90,10 @@ def _smooth(aux: Aux, scene: Any) -> Tensor:
 
 
 def _size(aux: Aux, scene: Any) -> Tensor:
-    if not hasattr(scene, "scales"):
+    if not hasattr(scene, "living"):
         raise BadInput("losses: size is for splats; this scene has none")
-    return scene.scales().mean()  # type: ignore[no-any-return]
+    mean: Tensor = scene.living()[0].scales.exp().mean()
+    return mean
 
 
 def _read(aux: Aux, *names: str) -> list[Tensor]:

@@ -67,10 +67,11 @@ class Assets:
 
     def show(self, build: Build, step: int, folder: Path) -> list[Path]:
         """Writes the sheet of this step."""
-        around, strips = self.ring(build, VIEWS), []
-        known = Known.of(build, prompt(build))
-        if known is not None:
-            strips.append(strip(known.image[:VIEWS]))
+        known, strips = Known.of(build, prompt(build)), []
+        around = self.ring(build, VIEWS)
+        if known is not None:  # every other one of eight around it
+            around = known.cameras.pick(slice(0, 2 * VIEWS, 2))
+            strips.append(strip(known.image[: 2 * VIEWS : 2]))
         for scene in scenes(build):
             found = seen(scene, around)
             strips.append(strip(self.pixels(build, found.image)))
@@ -100,7 +101,12 @@ class Assets:
 
     def export(self, build: Build, path: Path, format: str) -> list[Path]:
         """Writes the first scene in one of `formats`, with its facts beside it."""
-        facts = {"prompt": prompt(build), "seed": build.seed, "steps": build.step, "recipe": build.recipe.name}
+        facts = {
+            "prompt": prompt(build),
+            "seed": build.seed,
+            "steps": build.step or build.recipe.steps,
+            "recipe": build.recipe.name,
+        }
         found: list[Path] = asset.export(scenes(build)[0], path, format, self.config.files, facts)
         return found
 

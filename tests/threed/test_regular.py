@@ -113,8 +113,8 @@ class Splats(nn.Module):
         super().__init__()
         self.log = nn.Parameter(torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]).log())
 
-    def scales(self) -> Tensor:
-        return self.log.exp()
+    def living(self) -> tuple[SimpleNamespace, None]:
+        return SimpleNamespace(scales=self.log), None
 
 
 def losses(scene: nn.Module, aux: dict[str, Tensor], **weights: Any) -> regular.Regular:
