@@ -80,6 +80,10 @@ class Assets:
         stacked(strips).save(path)
         return [path]
 
+    def subject(self, build: Build) -> str:
+        """The run's one prompt."""
+        return prompt(build)
+
     def pixels(self, build: Build, image: Tensor) -> Tensor:
         """Pictures of a scene as RGB: latent ones are decoded."""
         model: Model = build.piece("teacher")
@@ -94,6 +98,7 @@ class Assets:
             raise BadInput("a teacher of 3D shows pictures, not assets; sample the student")
         if prompts and any(text and text != prompt(build) for text in prompts):
             raise BadInput(f"this run made {prompt(build)!r}; start another run for another prompt")
+        folder.mkdir(parents=True, exist_ok=True)
         return [
             turntable.gif(scene, self.ring(build, self.config.frames), folder / f"turntable-{i}.gif")
             for i, scene in enumerate(scenes(build))

@@ -288,10 +288,12 @@ def sample(
         raise BadInput(f"--guidance {guidance}: must be a finite number")
     build = _opened(folder, device)
     which = which or ("student" if build.has("student") else "teacher")
+    space = build.piece("space")
     prompts = prompts or list(build.recipe.sample.prompts)
+    if not prompts and hasattr(space, "subject"):  # a run that makes one thing knows what
+        prompts = [space.subject(build)]
     if not prompts:
         raise BadInput('this recipe has no sample prompts; give one with --prompt "…"')
-    space = build.piece("space")
     place = out or folder / "samples" / "prompts"
     _print_paths(space.sample(build, prompts, seed, place, which=which, steps=steps, guidance=guidance))
 
