@@ -11,6 +11,7 @@ from torch import Tensor
 from limbeck.core.diffusion.denoiser import Model
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput
+from limbeck.core.scheduled import at
 from limbeck.domains.threed import asset, cameras, turntable
 from limbeck.domains.threed import config as settings
 from limbeck.domains.threed.known import Known
@@ -60,9 +61,9 @@ class Assets:
 
     def ring(self, build: Build, count: int) -> cameras.Cameras:
         """Cameras around the asset as the recipe's law has them."""
-        size = self.config.size or build.piece("teacher").shape[-1]
-        law = build.recipe.data
-        distance = max(float(end) for end in getattr(law, "distance", (3.0, 3.0)) if not isinstance(end, list))
+        law, last = build.recipe.data, build.recipe.steps
+        size = self.config.size or int(at(law.size, last))
+        distance = max(at(end, last) for end in law.distance)
         return cameras.ring(count, size, distance=distance)
 
     def show(self, build: Build, step: int, folder: Path) -> list[Path]:
