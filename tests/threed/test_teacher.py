@@ -156,11 +156,10 @@ def test_a_teacher_that_is_not_there() -> None:
         teacher.load("nothing")
 
 
-@pytest.mark.skipif("views-32" not in teacher.names(), reason="the embedded teacher is not built yet")
 def test_the_embedded_teacher_knows_its_objects() -> None:
     made = teacher.model(teacher.load("views-32"), torch.device("cpu"), "views-32")
     found = list(teacher.rows(made, 0.98, 0))
-    assert float(found[0]["PSNR"]) > 21.0
+    assert float(found[0]["PSNR"]) > 24.0
     assert all(float(row["PSNR"]) > float(row["a white picture"]) for row in found)
     with torch.no_grad():  # the camera is what it goes by: turned by 60 degrees the pictures are wrong
         truth = objects().known("horse")
