@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from limbeck.core.run.build import Build
 from limbeck.core.run.distributed import Team
@@ -90,7 +91,8 @@ def main() -> None:
     columns = [torch.cat(strips[i::4], 1) for i in range(min(4, len(strips)))]
     tall = max(column.shape[1] for column in columns)
     padded = [torch.nn.functional.pad(column, (0, 0, 0, tall - column.shape[1]), value=1.0) for column in columns]
-    space.strip(torch.cat(padded, 2)[None]).save(options.out / "sheet.png")
+    sheet = space.strip(torch.cat(padded, 2)[None])
+    sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST).save(options.out / "sheet.png")
     print({key: round(value, 3) if isinstance(value, float) else value for key, value in summary(rows).items()})
 
 
