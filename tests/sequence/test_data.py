@@ -4,8 +4,10 @@ import itertools
 
 import torch
 
+from limbeck.core.run.build import Build
+from limbeck.core.run.recipe import load
 from limbeck.core.run.rng import generator
-from limbeck.domains.sequence import alike, data, fly
+from limbeck.domains.sequence import alike, data, fly, oracle
 
 
 def test_no_arm_teaches_both_oracles_and_none_saw_the_test() -> None:
@@ -60,3 +62,22 @@ def test_kmers_are_numbered_in_order() -> None:
     found = alike.words(torch.tensor([[0, 1, 2, 3]]), 2, 4)
     assert found.tolist() == [[1, 6, 11]]
     assert len({int(alike.words(torch.tensor([word]), 2, 4)) for word in itertools.product(range(4), repeat=2)}) == 16
+
+
+def test_only_the_high_scorers_of_the_oracle_are_learned_from() -> None:
+    build = Build(load("sequence/drakes-dna", ["data.among=200", "data.best=0.05"]))
+    pool = build.piece("data")
+    assert len(pool.best) == 10 and len(pool.train) == len(fly.windows("generator"))  # novelty is against them all
+    batch = pool.batch(32, generator(0, "t", 0), slice(None))
+    assert {tuple(row) for row in batch.x.tolist()} <= {tuple(row) for row in pool.best.tolist()}
+    model = oracle.opened("fly-a", build.device)
+    score = lambda ids: oracle.answers(model, ids, 4, build.device).mean(0)  # noqa: E731
+    assert float(score(pool.best).min()) > float(score(pool.train[:200]).quantile(0.8))
+
+
+def test_tuning_starts_from_the_template() -> None:
+    recipe = load("sequence/drakes-splice", ["data.among=8"])
+    pool = Build(recipe).piece("data")
+    text = recipe.sample.prompts[0]
+    assert pool.prompts(3, generator(0, "t", 0)) == [text] * 3 and pool.best is None
+    assert (len(text), text[60:62], text[138:140]) == (200, "GT", "AG")

@@ -10,10 +10,13 @@ from limbeck.core.run import job
 from limbeck.core.run import recipe as recipes
 from limbeck.core.run.errors import BadInput
 from limbeck.core.run.rng import generator
-from limbeck.domains.sequence import esm, models, tokens
+from limbeck.domains.sequence import esm, models, teacher, tokens
 from limbeck.domains.sequence.text import DNA, PROTEIN
 
 CNN = {"alphabet": "dna", "length": 12, "net": {"kind": "cnn", "width": 16, "kernel": 3, "dilations": [1, 2]}}
+
+
+NET = {"kind": "cnn", "width": 8, "kernel": 3, "dilations": [1]}
 
 
 def test_one_hot_rows_and_ids_are_the_same_input_and_rows_carry_a_gradient() -> None:
@@ -71,6 +74,24 @@ def test_a_template_is_kept_by_every_sample() -> None:
     assert torch.equal(x, again)  # a walk is a function of its noise
     with pytest.raises(BadInput, match="template of 3 letters"):
         model.encode(["ACG"])
+
+
+def test_a_net_learns_what_belongs_to_which_place(tmp_path: Path) -> None:
+    """At first nothing changes; what a place has learned is kept in the folder, and nets with places refuse them."""
+    net = models.network({"alphabet": "dna", "net": NET})
+    model = models.model(net, {**net.meta, "length": 12}, None, "x")
+    ids = torch.full((2, 12), DNA.size)
+    before = net(ids)
+    teacher.placed(model.denoiser, 12)
+    assert torch.equal(net(ids), before)
+    with torch.no_grad():
+        net.places[3, 1] = 5.0
+    assert torch.allclose(net(ids)[:, 3, 1], before[:, 3, 1] + 5) and torch.equal(net(ids)[:, 4:], before[:, 4:])
+    models.save(net, tmp_path, {**net.meta, "length": 12})
+    again, meta = models.load(str(tmp_path))
+    assert meta["net"]["places"] == 12 and torch.equal(again.places, net.places)
+    with pytest.raises(BadInput, match="student.places"):
+        teacher.placed(torch.nn.Identity(), 12)
 
 
 def test_own_sequences_are_learned_from_a_fasta_file(tmp_path: Path) -> None:
