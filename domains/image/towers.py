@@ -6,8 +6,6 @@ a linear head on the features of a frozen net is trained. Legend: B pictures, N 
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,14 +17,13 @@ from torch.nn import functional as F
 from limbeck.core.rewards.base import Condition, Reward
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput
-from limbeck.core.text import WIDTH, MiniLMEncoder
+from limbeck.core.text import WIDTH, sentences
 from limbeck.domains.image.config import TextReward
 from limbeck.domains.image.features import Lite0, resize
 from limbeck.domains.image.hed import Hed
 
 FOLDERS = {"a": "reward-clip", "b": "reward-clip-b"}
 FILE = "tower.safetensors"
-ROWS = 4  # prompts a forward of the text encoder, always: a row's bits must not depend on its company
 FLOOR = 3.0  # added to each variance of the captions before whitening, in units of their mean
 RARE = 0.3  # added to the deviation of features, in units of their mean: those that hardly ever fire stay small
 CHUNK = 64  # pictures at a time
@@ -111,7 +108,7 @@ class Tower(nn.Module):
 
     def captions(self, prompts: list[str]) -> Tensor:
         """Unit vectors [N,384] of captions."""
-        found = sentences()(prompts).to(self.origin.device)
+        found = sentences()(prompts)[0].to(self.origin.device)
         return F.normalize((found - self.origin) @ self.whitening, dim=-1)
 
     @torch.no_grad()
@@ -121,36 +118,10 @@ class Tower(nn.Module):
         self.mean.copy_(found.mean(0))
         spread = found.std(0)
         self.rate.copy_(1 / (spread + RARE * spread.mean()))
-        known = sentences()(prompts).double()
+        known = sentences()(prompts)[0].double()
         values, vectors = torch.linalg.eigh(torch.cov(known.T, correction=0))
         self.origin.copy_(known.mean(0))
         self.whitening.copy_(vectors * (values + FLOOR * values.mean()).rsqrt() @ vectors.T)
-
-
-class Sentences:
-    """MiniLM's sentence vectors by prompt, each read once."""
-
-    def __init__(self, encoder: MiniLMEncoder, limit: int = 16384) -> None:
-        self.encoder, self.limit = encoder, limit
-        self.known: OrderedDict[str, Tensor] = OrderedDict()
-
-    def __call__(self, prompts: list[str]) -> Tensor:
-        """Unit vectors [N,384] on the CPU."""
-        new = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self.known))
-        for start in range(0, len(new), ROWS):
-            part = new[start : start + ROWS]
-            rows = self.encoder.sentence(part + [""] * (ROWS - len(part)))
-            self.known.update(zip(part, rows.clone(), strict=False))
-        out = torch.stack([self.known[prompt] for prompt in prompts])
-        while len(self.known) > self.limit:
-            self.known.popitem(last=False)
-        return out
-
-
-@cache
-def sentences() -> Sentences:
-    """The one reader of captions of this process."""
-    return Sentences(MiniLMEncoder())
 
 
 def save(tower: Tower, path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Generator, Tensor
 
 from limbeck.core.run.build import Batch, Build
-from limbeck.core.text import MiniLMEncoder
+from limbeck.core.text import sentences
 from limbeck.domains.threed import config as settings
 from limbeck.domains.threed.cameras import Cameras
 from limbeck.domains.threed.known import Known
@@ -28,7 +28,6 @@ from limbeck.domains.threed.known import Known
 FOLDER = Path(__file__).parent / "assets" / "objects"
 FACTS, CAMERAS, TRAINING, HELD_OUT = "objects.json", "cameras.safetensors", "training.webp", "held_out.webp"
 NAMED = 0.7  # share of the prompts that are an object's name; the rest are its other words
-ROWS = 4  # prompts a forward of the text encoder, always: a row's bits must not depend on its company
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Objects:
     def nearest(self, prompt: str, count: int = 3) -> list[str]:
         """The names of the objects whose words mean most nearly what the prompt says."""
         texts, owners = list(self.captions()), list(self.captions().values())
-        likeness = sentences()(texts) @ sentences()([prompt])[0]
+        likeness = vectors(texts) @ vectors([prompt])[0]
         ranked = [owners[i] for i in likeness.argsort(descending=True).tolist()]
         return [self.names[i] for i in dict.fromkeys(ranked)][:count]
 
@@ -103,36 +102,9 @@ def tiles(path: Path, size: int) -> Tensor:
     return pixels.view(rows, size, columns, size, 4).permute(0, 2, 4, 1, 3).contiguous()
 
 
-class Sentences:
-    """Sentence embeddings [B,384] of prompts, each encoded once: the encoder costs as much as a training step."""
-
-    def __init__(self, limit: int = 8192) -> None:
-        self.encoder, self.limit = MiniLMEncoder(), limit
-        self.known: OrderedDict[str, Tensor] = OrderedDict()
-
-    def __call__(self, prompts: list[str]) -> Tensor:
-        """Unit vectors of prompts; articles and case make no difference."""
-        texts = [plain(prompt) for prompt in prompts]
-        new = list(dict.fromkeys(text for text in texts if text not in self.known))
-        rows = {text: self.known[text] for text in texts if text in self.known}
-        for start in range(0, len(new), ROWS):
-            rows |= self._encode(new[start : start + ROWS])
-        for text, row in rows.items():
-            self.known[text] = row
-            self.known.move_to_end(text)
-        while len(self.known) > self.limit:
-            self.known.popitem(last=False)
-        return torch.stack([rows[text] for text in texts])
-
-    def _encode(self, texts: list[str]) -> dict[str, Tensor]:
-        found = self.encoder.sentence(texts + [""] * (ROWS - len(texts)))
-        return {text: found[i].clone() for i, text in enumerate(texts)}
-
-
-@cache
-def sentences() -> Sentences:
-    """The one encoder of the process, on the CPU."""
-    return Sentences()
+def vectors(prompts: Sequence[str]) -> Tensor:
+    """Sentence embeddings [B,384] of prompts; articles and case make no difference."""
+    return sentences()([plain(prompt) for prompt in prompts])[0]
 
 
 class ObjectData:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from limbeck.core import text
 from limbeck.core.diffusion.codec import Identity
 from limbeck.core.diffusion.config import ProcessConfig, Vp
 from limbeck.core.diffusion.denoiser import Denoiser, Encoded, Model, Output, net_dtype
@@ -24,7 +24,7 @@ from limbeck.domains.threed import config as settings
 from limbeck.domains.threed import known as metrics
 from limbeck.domains.threed.known import Known
 from limbeck.domains.threed.net import ViewNet
-from limbeck.domains.threed.objects import objects, sentences
+from limbeck.domains.threed.objects import objects, vectors
 
 ASSETS = Path(__file__).parent / "assets"
 MARK, WEIGHTS = "limbeck.json", "model.safetensors"
@@ -62,21 +62,20 @@ class Texts:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        sentences()  # made now, so that a run without the encoder's package stops before it starts
+        text.sentences()  # made now, so that a run without the encoder's package stops before it starts
 
     def __call__(self, prompts: list[str]) -> Encoded:
         """Sentence embeddings; a prompt that no object has gets a warning, once."""
         for prompt in prompts:
             warn_unknown(prompt)
-        return {"text": sentences()(prompts).to(self.device)}
+        return {"text": vectors(prompts).to(self.device)}
 
 
 @cache
 def warn_unknown(prompt: str) -> None:
     """A prompt outside the teacher's small world gets a warning that names the nearest ones inside."""
     if prompt.strip() and objects().find(prompt) is None:
-        near = ", ".join(f'"{name}"' for name in objects().nearest(prompt))
-        print(f'warning: the embedded teacher does not know "{clean(prompt, 80)}"; nearest: {near}', file=sys.stderr)
+        text.warn_unknown(prompt, objects().nearest(prompt))
 
 
 def network(meta: Meta) -> ViewNet:

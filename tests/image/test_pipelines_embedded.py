@@ -77,7 +77,7 @@ def test_the_memory_is_bounded(folder: Path) -> None:
     expected = states(["rocket"])["states"]
     for name in teacher.vocabulary()[0].names[:6]:
         states([name])
-    assert len(states.known) == 3 and torch.equal(states(["rocket"])["states"], expected)
+    assert len(states.read.known) == 3 and torch.equal(states(["rocket"])["states"], expected)
 
 
 def test_unknown_prompts_are_told_the_nearest(folder: Path, build: Build, capsys: pytest.CaptureFixture[str]) -> None:
