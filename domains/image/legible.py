@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from limbeck.core.pictures import to_pictures
 from limbeck.core.rewards.base import Condition, Reward
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput, clean
 from limbeck.domains.image.config import LegibleText
 from limbeck.domains.image.reward_models import prompts
-from limbeck.domains.image.space import to_pictures
 
 # An apostrophe inside a word is no quotation mark.
 QUOTED = re.compile(r"\"([^\"]+)\"|“([^”]+)”|«([^»]+)»|‘([^’]+)’|(?<!\w)'([^']+)'(?!\w)")

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from limbeck.core.pictures import to_pictures
 from limbeck.core.rewards.base import Condition, Reward, as_reward
 from limbeck.core.run.build import Build
 from limbeck.core.run.rng import generator
 from limbeck.domains.image.config import Colourfulness, Compressibility, Views
-from limbeck.domains.image.space import to_pictures
 
 
 def payload(pictures: Tensor, quality: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from limbeck.core.diffusion.denoiser import Encoded, FewStep, Model
 from limbeck.core.diffusion.manystep import ManyStep
+from limbeck.core.pictures import to_pictures
 from limbeck.core.rewards.preference import inside
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput, clean
@@ -23,12 +24,6 @@ from limbeck.domains.image.config import Pictures
 CELL = 112  # pixels a picture on a sheet
 GAP = 6
 LABEL = 26
-
-
-def to_pictures(pixels: Tensor) -> list[Image.Image]:
-    """Turns pixels [B,3,H,W] in [-1,1] into RGB pictures."""
-    array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in array]
 
 
 def sheet(blocks: dict[str, Sequence[Image.Image]], captions: Sequence[str], columns: int = 4) -> Image.Image:

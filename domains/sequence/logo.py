@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from limbeck.core.pictures import stacked
 from limbeck.domains.sequence import statistics, tokens
 from limbeck.domains.sequence.text import Alphabet
 
@@ -146,16 +147,6 @@ def heading(text: str, size: int = 14) -> Image.Image:
     """A line of text over the page's width."""
     page = Image.new("RGB", (WIDTH, size + GAP), "white")
     ImageDraw.Draw(page).text((GAP, GAP // 2), text, fill="black", font=font(size))
-    return page
-
-
-def stacked(parts: Sequence[Image.Image]) -> Image.Image:
-    """Pictures one under the other."""
-    page = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
-    y = 0
-    for part in parts:
-        page.paste(part, (0, y))
-        y += part.height
     return page
 
 

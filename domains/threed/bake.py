@@ -18,7 +18,7 @@ from limbeck.domains.threed.config import Files
 from limbeck.domains.threed.raster import cover, look, project
 from limbeck.domains.threed.scene import Scene, seen
 from limbeck.domains.threed.shape import Mesh, load
-from limbeck.domains.threed.surface import around, colours, like
+from limbeck.domains.threed.surface import around, colours
 
 Array = np.ndarray
 PADDING = 4  # texels between charts
@@ -135,8 +135,8 @@ def pictures(scene: Scene, cameras: Cameras) -> Iterator[tuple[Cameras, Array, A
     """Each camera with the scene's picture [H*W,3] on white and its alpha [H*W]."""
     for i in range(len(cameras)):
         one = cameras.pick(slice(i, i + 1))
-        views = seen(scene, one.to(like(scene)))
-        image, alpha = (x[0].flatten(1).T.float().cpu().numpy() for x in (views.image, views.alpha))
+        views = seen(scene, one)
+        image, alpha = (x[0].flatten(1).T.float().numpy() for x in (views.image, views.alpha))
         yield one, image, alpha[:, 0]
 
 

@@ -125,7 +125,7 @@ def direction(azimuth: float, elevation: float, front: float = 45.0, overhead: f
 
 
 def lamp(position: Tensor, noise: Tensor, distance: Tensor) -> Tensor:
-    """Where a point light stands [V,3]: around the camera's direction (DreamFusion, appendix A.2).
+    """Where a point light stands [V,3]: around the camera's direction (DreamFusion).
 
     position [V,3] of cameras, standard normal noise [V,3], distance [V], uniform in (.8, 1.5).
     """

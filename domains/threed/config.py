@@ -23,7 +23,6 @@ class Law(Strict):
     """Where the cameras of a step stand: azimuths are spread over the batch, the rest is uniform."""
 
     prompt: str = ""  # what the asset is to be
-    prompts: list[str] = []  # several, of which every step takes one: for students that make many assets
     size: Annotated[Scheduled, AfterValidator(within(1))] = 32  # pixels along a side
     elevation: Span = (-10.0, 50.0)
     azimuth: Span = (-180.0, 180.0)

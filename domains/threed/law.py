@@ -19,14 +19,13 @@ from limbeck.domains.threed.scene import SHADINGS
 
 @dataclass(frozen=True)
 class Law:
-    """One prompt, or several of which a step takes one, and the law of cameras (DreamFusion, section 3.1)."""
+    """One prompt and the law of cameras (DreamFusion)."""
 
     config: settings.Law
 
     def prompts(self, n: int, gen: Generator, rows: slice) -> list[str]:
-        """The prompt of this step, the same for all views."""
-        known = self.config.prompts or [self.config.prompt]
-        return [known[int(torch.randint(len(known), (1,), generator=gen))]] * len(range(n)[rows])
+        """The prompt, the same for all views."""
+        return [self.config.prompt] * len(range(n)[rows])
 
     def batch(self, n: int, gen: Generator, rows: slice) -> Batch:
         """Prompts alone: a scene is made without pictures."""
@@ -38,15 +37,15 @@ class Law:
         asked = {"camera": cameras.rows(), "background": self.background(ctx)}
         asked |= {"jitter": ctx.draws.uniform("threed.jitter")}
         asked["particle"] = self.shared(ctx, "threed.particle").expand(ctx.batch)
-        asked["step"] = torch.full((ctx.batch,), ctx.step, device=ctx.device)
+        asked["step"] = torch.full((ctx.batch,), ctx.step)
         return self.worded(prompts, cameras), asked | self.lamp(ctx, cameras)
 
     def shared(self, ctx: Context, stream: str) -> Tensor:
         """One uniform number [1] for all views and processes."""
-        return torch.rand(1, generator=ctx.draws.gen(stream)).to(ctx.device)
+        return torch.rand(1, generator=ctx.draws.gen(stream))
 
     def lamp(self, ctx: Context, cameras: Cameras) -> Encoded:
-        """The rows light [b,3] and shading [b] of steps with a lamp, half of them without colour (DreamFusion, 3.2)."""
+        """The rows light [b,3] and shading [b] of steps with a lamp, half of them without colour (DreamFusion)."""
         share = ctx.at(self.config.albedo)
         drawn = float(self.shared(ctx, "threed.shading"))
         if drawn < share:
@@ -54,13 +53,13 @@ class Law:
         near = ctx.draws.uniform("threed.lamp_distance", lo=0.8, hi=1.5)
         place = lamp(cameras.position, ctx.draws.normal("threed.lamp", (3,)), near)
         kind = SHADINGS.index("diffuse" if drawn < (1 + share) / 2 else "textureless")
-        return {"light": place, "shading": torch.full((ctx.batch,), kind, device=ctx.device)}
+        return {"light": place, "shading": torch.full((ctx.batch,), kind)}
 
     def cameras(self, ctx: Context) -> Cameras:
         """This process's cameras of the step: azimuths share the circle, the rest is uniform."""
         size, law = int(ctx.at(self.config.size)), self.config
         count = ctx.global_batch
-        turn = float(torch.rand((), generator=ctx.draws.gen("threed.turn")))
+        turn = float(self.shared(ctx, "threed.turn"))
         place = torch.arange(count)[ctx.draws.rows].to(ctx.device)
         stray = ctx.at(law.spread) * ctx.draws.uniform("threed.azimuth", lo=-1.0, hi=1.0)
         low, high = (ctx.at(end) for end in law.azimuth)
@@ -99,8 +98,6 @@ class Law:
 
 def build(config: settings.Law, build: Build) -> Law:
     """Factory of the data `threed.law`."""
-    if config.prompts and config.prompt:
-        raise BadInput("data has both prompt and prompts; give one of them")
-    if not config.prompts and not config.prompt.strip():
+    if not config.prompt.strip():
         raise BadInput("there is no prompt; say what the asset is to be: --prompt 'a horse'")
     return Law(config)

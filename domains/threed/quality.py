@@ -46,7 +46,7 @@ def rows(config: settings.Quality, build: Build) -> Iterator[Row]:
 
 
 def facts(scene: Scene) -> Row:
-    """What can be said without knowing the object: how much is seen, how steady and how sharp it is."""
+    """What can be said without knowing the object: its size, how much of the views it covers, how sharp it is."""
     found = seen(scene, ring(16, 32))
     count = sum(p.numel() for p in scene.parameters())
     return {"parameters": count, "covered": float(found.alpha.mean()), "sharpness": sharpness(found.image)}

@@ -77,7 +77,8 @@ def lamp(scene: Scene, cond: Encoded) -> dict[str, Any]:
 class SceneStudent(nn.Module):
     """The slot `student`: one scene, or several particles of which a step trains one, seen through the teacher's codec.
 
-    `sample` renders the cameras of the condition and encodes the pictures with their gradient; noise is not used.
+    `sample` renders the cameras of the condition and encodes the pictures with their gradient; noise is not used. The
+    rows step, particle and shading are read as numbers and so are on the CPU.
     """
 
     def __init__(self, scenes: Sequence[nn.Module], codec: Codec, encodes: bool = True) -> None:
@@ -102,11 +103,18 @@ class SceneStudent(nn.Module):
 
 @torch.no_grad()
 def seen(scene: Scene, cameras: Cameras, background: float = 1.0, chunk: int = 8) -> Views:
-    """Views without graph, a few cameras at a time, over a plain background."""
-    parts = []
+    """Views on the CPU without graph, a few cameras at a time, over a plain background; cameras may be anywhere."""
+    parts, cameras = [], cameras.to(like(scene))
     for start in range(0, len(cameras), chunk):
         some = cameras.pick(slice(start, start + chunk))
         parts.append(scene.render(some, some.fov.new_full((len(some), scene.channels), background)))
-    normals = None if parts[0].normals is None else torch.cat([p.normals for p in parts if p.normals is not None])
-    image, alpha, depth = (torch.cat([getattr(part, name) for part in parts]) for name in ("image", "alpha", "depth"))
-    return Views(image, alpha, depth, normals)
+    image, alpha, depth = (
+        torch.cat([getattr(part, name).cpu() for part in parts]) for name in ("image", "alpha", "depth")
+    )
+    normals = [part.normals.cpu() for part in parts if part.normals is not None]
+    return Views(image, alpha, depth, torch.cat(normals) if normals else None)
+
+
+def like(scene: Scene) -> Tensor:
+    """A tensor on the scene's device and in its precision."""
+    return next((p.detach() for p in scene.parameters() if p.is_floating_point()), torch.zeros(1))

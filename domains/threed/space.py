@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from limbeck.core.diffusion.denoiser import Model
+from limbeck.core.pictures import stacked, to_pictures
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput
 from limbeck.core.scheduled import at
@@ -29,26 +30,15 @@ def scenes(build: Build) -> list[Scene]:
 
 def prompt(build: Build) -> str:
     """What the asset is to be."""
-    config = build.recipe.data
-    return getattr(config, "prompt", "") or next(iter(getattr(config, "prompts", [])), "")
+    found: str = getattr(build.recipe.data, "prompt", "")
+    return found
 
 
 def strip(image: Tensor) -> Image.Image:
-    """Pictures [V,3,H,W] in [-1, 1] side by side."""
-    rows = torch.cat(list(image.float().clamp(-1, 1)), 2).movedim(0, -1)
-    picture = Image.fromarray(((rows + 1) * 127.5).round().byte().cpu().numpy())
+    """Pictures [V,3,H,W] in [-1, 1] side by side, small ones enlarged."""
+    (picture,) = to_pictures(torch.cat(list(image), 2)[None])
     scale = max(1, CELL // image.shape[-1])
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-
-
-def stacked(strips: list[Image.Image]) -> Image.Image:
-    """Strips below each other on white."""
-    page = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
-    top = 0
-    for one in strips:
-        page.paste(one, (0, top))
-        top += one.height
-    return page
 
 
 class Assets:
@@ -88,13 +78,13 @@ class Assets:
     def pixels(self, build: Build, image: Tensor) -> Tensor:
         """Pictures of a scene as RGB: latent ones are decoded."""
         model: Model = build.piece("teacher")
-        return image if image.shape[1] == 3 else model.codec.decode(image)
+        return image if image.shape[1] == 3 else model.codec.decode(image.to(build.device)).cpu()
 
     def sample(
         self, build: Build, prompts: list[str], seed: int, folder: Path, which: str = "student",
         steps: int | None = None, guidance: float | None = None,
     ) -> list[Path]:  # fmt: skip
-        """Writes a turntable of each scene as GIF, and its pictures; a scene has one prompt, its own."""
+        """Writes a turntable of each scene as GIF; a run has one prompt, its own."""
         if which == "teacher":
             raise BadInput("a teacher of 3D shows pictures, not assets; sample the student")
         if prompts and any(text and text != prompt(build) for text in prompts):
@@ -106,14 +96,17 @@ class Assets:
         ]
 
     def export(self, build: Build, path: Path, format: str) -> list[Path]:
-        """Writes the first scene in one of `formats`, with its facts beside it."""
+        """Writes the scene in one of `formats`, with its facts beside it; of several particles a folder each."""
         facts = {
             "prompt": prompt(build),
             "seed": build.seed,
             "steps": build.step or build.recipe.steps,
             "recipe": build.recipe.name,
         }
-        found: list[Path] = asset.export(scenes(build)[0], path, format, self.config.files, facts)
+        made, found = scenes(build), []
+        for i, scene in enumerate(made):
+            place = path if len(made) == 1 else path / f"particle-{i}"
+            found += asset.export(scene, place, format, self.config.files, facts)
         return found
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from limbeck.core.run.errors import BadInput
 from limbeck.domains.threed.cameras import Cameras, ring
 from limbeck.domains.threed.config import Files
-from limbeck.domains.threed.scene import Scene, seen
+from limbeck.domains.threed.scene import Scene, like, seen
 from limbeck.domains.threed.shape import Mesh, decimated, load, smoothed
 
 Array = np.ndarray
@@ -32,11 +32,6 @@ FULL = 0.5  # of the cube around the scene's ball, of which the ball itself is 0
 LOOK = 48  # pixels along a side of the views that the level is taken from
 SHEET = 0.06  # of the height: the thickest ground
 WIDER = 2.0  # times the object above it: how far the ground reaches, at least
-
-
-def like(scene: Scene) -> Tensor:
-    """A tensor on the scene's device and in its precision."""
-    return next((p.detach() for p in scene.parameters() if p.is_floating_point()), torch.zeros(1))
 
 
 @torch.no_grad()
@@ -152,7 +147,7 @@ class Mask:
         """From views all around."""
         radius = float(scene.radius)
         cameras = around(radius, LOOK)
-        alpha = seen(scene, cameras.to(like(scene))).alpha.float().cpu()
+        alpha = seen(scene, cameras).alpha.float()
         origin, ray = (x.reshape(-1, 3) for x in cameras.rays())
         return cls(alpha.flatten() > 0.5, origin, ray, (2 * radius, 4 * radius), float(alpha.max()))
 

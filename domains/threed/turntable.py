@@ -12,7 +12,6 @@ from torch import Tensor
 from limbeck.core.run.errors import BadInput
 from limbeck.domains.threed.cameras import Cameras
 from limbeck.domains.threed.scene import Scene, Views, seen
-from limbeck.domains.threed.surface import like
 
 What = Literal["image", "normals", "depth"]
 RATE = 24  # pictures a second
@@ -42,15 +41,15 @@ def around(scene: Scene, cameras: Cameras) -> Views:
     """The scene's views on white."""
     if scene.channels != 3:
         raise BadInput(f"the scene shows {scene.channels} latent channels, not colours; refine it to RGB before export")
-    return seen(scene, cameras.to(like(scene)))
+    return seen(scene, cameras)
 
 
 def mp4(pictures: Tensor, path: Path) -> Path:
-    """H.264 in yuv420p of pictures uint8 [V,H,W,3]; odd sides lose a pixel. Needs PyAV (the extra `video`)."""
+    """H.264 in yuv420p of pictures uint8 [V,H,W,3]; odd sides lose a pixel. Needs PyAV (the extra `threed`)."""
     try:
         import av
     except ImportError:
-        raise BadInput("MP4 is written by PyAV: run `pip install 'limbeck[video]'`, or ask for a gif") from None
+        raise BadInput("MP4 is written by PyAV: run `pip install 'limbeck[threed]'`, or ask for a gif") from None
     height, width = (int(side) // 2 * 2 for side in pictures.shape[1:3])
     with av.open(str(path), "w", format="mp4") as file:
         stream = file.add_stream("libx264", rate=RATE, options={"crf": "18", "threads": "1"})

@@ -15,6 +15,7 @@ from limbeck.core.diffusion.codec import Identity
 from limbeck.core.diffusion.config import Uniform
 from limbeck.core.diffusion.denoiser import FewStep, Model
 from limbeck.core.distillation.source import Source
+from limbeck.core.pictures import to_pictures
 from limbeck.core.rewards.pairs import Pairs
 from limbeck.core.rewards.preference import Preference, write
 from limbeck.core.rewards.toy import Shifted
@@ -29,7 +30,6 @@ from limbeck.core.run.recipe import Recipe, load
 from limbeck.core.run.rng import Draws, generator
 from limbeck.core.run.trainer import Trainer
 from limbeck.domains.image import models
-from limbeck.domains.image.space import to_pictures
 
 CPU = torch.device("cpu")
 LINE = Uniform(lo=0.0, hi=0.995)

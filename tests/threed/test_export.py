@@ -121,7 +121,7 @@ def test_a_film_reads_back(tmp_path: Path) -> None:
 
 def test_a_film_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(BadInput, match=r"limbeck\[video\].*gif"):
+    with pytest.raises(BadInput, match=r"limbeck\[threed\].*gif"):
         turntable.mp4(torch.zeros(1, 4, 4, 3, dtype=torch.uint8), tmp_path / "x.mp4")
 
 

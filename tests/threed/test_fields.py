@@ -1,7 +1,6 @@
 """Fields at points: what they say, that their gradients are right and repeat, and how a hash grid's levels grow."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,14 +16,6 @@ SMALL = {
     "concat": Triplane(size=4, features=2, hidden=4, join="concat"),
     "hashgrid": HashGrid(levels=3, entries=6, base=2, finest=8, hidden=4),
 }
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def points(count: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

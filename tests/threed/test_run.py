@@ -156,3 +156,9 @@ def test_the_space_shows_all_particles(tmp_path: Path) -> None:
     (path,) = space.Assets(settings.Assets()).show(build, 0, tmp_path)
     with Image.open(path) as sheet:
         assert sheet.height == 5 * 128
+
+
+def test_every_particle_is_exported(tmp_path: Path) -> None:
+    build = Build(load("toy/solids", [*SMALL, *FILES, "student.particles=2"]), folder=tmp_path)
+    paths = build.piece("space").export(build, tmp_path / "out", "gif")
+    assert {path.parent.name for path in paths} == {"particle-0", "particle-1"} and all(p.exists() for p in paths)

@@ -1,7 +1,6 @@
 """The volume renderer: alpha and depth known exactly, conventions of cameras, fits, normals, shading, sparing work."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -183,14 +182,6 @@ def test_gradients() -> None:
         return found
 
     assert torch.autograd.gradcheck(call, tuple(inputs))
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_a_step_repeats_with_two_threads(threads: None) -> None:
