@@ -36,7 +36,7 @@ def rows(config: settings.Quality, build: Build) -> Iterator[Row]:
     truth = Known.of(build, prompt)
     for i, scene in enumerate(space.scenes(build)):
         name = "scene" if len(space.scenes(build)) == 1 else f"particle {i}"
-        yield {"what": name, **facts(scene), **(compared(build, scene, truth, prompt) if truth else {})}
+        yield {"what": name, **facts(scene), **(compared(build, scene, truth) if truth else {})}
     if truth:
         answer = one_step(build, truth, prompt)
         yield {"what": f"teacher in one step at t = {LATE}", "PSNR": metrics.psnr(answer, truth.image),
@@ -58,30 +58,26 @@ def sharpness(image: Tensor) -> float:
     return float((across + down) / 2)
 
 
-def compared(build: Build, scene: Scene, truth: Known, prompt: str) -> Row:
+def compared(build: Build, scene: Scene, truth: Known) -> Row:
     """PSNR, SSIM and silhouettes against the true object, and which known object the views resemble most."""
     found = seen(scene, truth.cameras)
     image = build.piece("space").pixels(build, found.image) if build.has("space") else found.image
-    best = retrieved(build, image)
+    best, other = retrieved(build, image)
     return {
         "PSNR": metrics.psnr(image, truth.image),
         "SSIM": metrics.ssim(image, truth.image),
         "silhouette IoU": metrics.overlap(found.alpha, truth.alpha),
         "nearest object": best,
-        "own prompt": float(best == prompt),
+        "own prompt": float(torch.equal(other, truth.image)),
     }
 
 
-def retrieved(build: Build, image: Tensor) -> str:
-    """The known prompt whose pictures at the same cameras are nearest to image [V,3,H,W]."""
+def retrieved(build: Build, image: Tensor) -> tuple[str, Tensor]:
+    """The known object whose pictures at the same cameras are nearest to image [V,3,H,W], and those pictures."""
     denoiser: Any = build.piece("teacher").denoiser
-    errors = {}
-    for other in denoiser.prompts:
-        found: Known | None = denoiser.known(other)
-        if found is not None and found.image.shape == image.shape:
-            errors[other] = float((image - found.image).square().mean())
-    best: str = min(errors, key=lambda name: errors[name])
-    return best
+    views: dict[str, Tensor] = {name: denoiser.known(name).image for name in denoiser.prompts}
+    best = min(views, key=lambda name: float((image - views[name]).square().mean()))
+    return best, views[best]
 
 
 @torch.no_grad()

@@ -158,6 +158,15 @@ def test_the_space_shows_all_particles(tmp_path: Path) -> None:
         assert sheet.height == 5 * 128
 
 
+def test_an_object_is_its_own_whatever_its_article() -> None:
+    recipe = load("threed/sds-nerf", ["data.prompt=The  Cactus", "student.field.size=4"])
+    build = Build(recipe)
+    truth = known.Known.of(build, "The  Cactus")
+    assert truth is not None
+    found, views = quality.retrieved(build, truth.image + 0.1)
+    assert found == "cactus" and torch.equal(views, truth.image)
+
+
 def test_every_particle_is_exported(tmp_path: Path) -> None:
     build = Build(load("toy/solids", [*SMALL, *FILES, "student.particles=2"]), folder=tmp_path)
     paths = build.piece("space").export(build, tmp_path / "out", "gif")
