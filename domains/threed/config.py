@@ -198,7 +198,6 @@ class Assets(Strict):
     """What a run shows of its scenes, and how it exports them."""
 
     size: Count | None = None  # pixels along a side of what is shown; null: those of the last step
-    frames: Annotated[int, Field(ge=2, le=1000)] = 48  # of the turntables that `limbeck sample` draws
     files: Files = Files()
 
 

@@ -90,10 +90,9 @@ class Assets:
         if prompts and any(text and text != prompt(build) for text in prompts):
             raise BadInput(f"this run made {prompt(build)!r}; start another run for another prompt")
         folder.mkdir(parents=True, exist_ok=True)
-        return [
-            turntable.gif(scene, self.ring(build, self.config.frames), folder / f"turntable-{i}.gif")
-            for i, scene in enumerate(scenes(build))
-        ]
+        files = self.config.files
+        around = self.ring(build, files.frames).sized(files.size, files.size)
+        return [turntable.gif(scene, around, folder / f"turntable-{i}.gif") for i, scene in enumerate(scenes(build))]
 
     def export(self, build: Build, path: Path, format: str) -> list[Path]:
         """Writes the scene in one of `formats`, with its facts beside it; of several particles a folder each."""

@@ -22,7 +22,7 @@ from limbeck.domains.threed.scene import SHADINGS, SceneStudent
 
 SOLID = posed.PROMPTS[0]
 SMALL = ["teacher.size=16", "data.size=16", "student.field.size=12", "steps=12", "checkpoint.every=6", "log.every=4"]
-FILES = ["space.files.resolution=24", "space.files.texture=256", "space.files.frames=4"]
+FILES = ["space.files.resolution=24", "space.files.texture=256", "space.files.frames=4", "space.files.size=32"]
 
 
 @pytest.fixture(scope="module")
