@@ -30,32 +30,47 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of every parameter with a gradient."""
+        """One update of every parameter with a gradient; matrices of one shape go together (few kernels on a GPU)."""
         for group in self.param_groups:
             trained = [p for p in group["params"] if p.grad is not None]
+            matrices: dict[tuple[object, ...], list[Tensor]] = {}
+            for p in filter(is_matrix, trained):
+                matrices.setdefault((len(p), p.numel(), p.dtype, p.device), []).append(p)
             if trained:
                 torch._foreach_mul_(trained, 1 - group["lr"] * group["weight_decay"])
-            for p in trained:
-                (self._matrix if is_matrix(p) else self._adam)(p, self.state[p], group)
+            for alike in matrices.values():
+                self._matrices(alike, group)
+            if rest := [p for p in trained if not is_matrix(p)]:
+                self._adam(rest, group)
 
-    def _matrix(self, p: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-        beta = group["betas"][0]
-        momentum = state.setdefault("momentum", torch.zeros_like(p))
-        assert p.grad is not None
-        momentum.lerp_(p.grad, 1 - beta)
-        update = orthogonal(p.grad.lerp(momentum, beta).flatten(1))
-        p.add_(update.view_as(p), alpha=-group["lr"] * 0.2 * max(update.shape) ** 0.5)
+    def _matrices(self, alike: list[Tensor], group: dict[str, Any]) -> None:
+        beta, grads = group["betas"][0], [_grad(p) for p in alike]
+        momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in alike]
+        torch._foreach_lerp_(momenta, grads, 1 - beta)
+        update = orthogonal(torch.stack([g.flatten(1) for g in torch._foreach_lerp(grads, momenta, beta)]))
+        moves = [one.view_as(p) for one, p in zip(update, alike, strict=True)]
+        torch._foreach_add_(alike, moves, alpha=-group["lr"] * 0.2 * max(update.shape[1:]) ** 0.5)
 
-    def _adam(self, p: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    def _adam(self, rest: list[Tensor], group: dict[str, Any]) -> None:
         first, second = group["betas"]
-        if not state:
-            state |= {"step": torch.zeros(()), "mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
-        assert p.grad is not None
-        state["step"] += 1
-        n = float(state["step"])
-        mean, square = state["mean"].lerp_(p.grad, 1 - first), state["square"].lerp_(p.grad.square(), 1 - second)
-        scale = (square / (1 - second**n)).sqrt_().add_(group["eps"])
-        p.addcdiv_(mean, scale, value=-group["lr"] / (1 - first**n))
+        grads, states = [_grad(p) for p in rest], [self.state[p] for p in rest]
+        for p, state in zip(rest, states, strict=True):
+            if not state:
+                state |= {"step": torch.zeros(()), "mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
+            state["step"] += 1
+        counts = [float(state["step"]) for state in states]
+        means, squares = [state["mean"] for state in states], [state["square"] for state in states]
+        torch._foreach_lerp_(means, grads, 1 - first)
+        torch._foreach_lerp_(squares, torch._foreach_mul(grads, grads), 1 - second)
+        scales = torch._foreach_div(squares, [1 - second**n for n in counts])
+        torch._foreach_sqrt_(scales)
+        torch._foreach_add_(scales, group["eps"])
+        torch._foreach_addcdiv_(rest, means, scales, [-group["lr"] / (1 - first**n) for n in counts])
+
+
+def _grad(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad
 
 
 def is_matrix(p: Tensor) -> bool:
@@ -64,11 +79,13 @@ def is_matrix(p: Tensor) -> bool:
 
 
 def orthogonal(g: Tensor) -> Tensor:
-    """Newton-Schulz: g [m, n] with its singular values moved near one, in g's dtype."""
+    """Newton-Schulz: matrices g [n, rows, columns] with their singular values moved near one, in g's dtype."""
     a, b, c = QUINTIC
-    x = (g / (g.norm() + 1e-7)).bfloat16()
-    x = x.T if len(x) > x.shape[1] else x
+    tall = g.shape[1] > g.shape[2]
+    x = (g / (g.flatten(1).norm(dim=1)[:, None, None] + 1e-7)).bfloat16()
+    x = x.mT if tall else x
     for _ in range(ROUNDS):
-        gram = x @ x.T
-        x = a * x + torch.addmm(gram, gram, gram, beta=b, alpha=c) @ x
-    return (x.T if len(g) > g.shape[1] else x).to(g.dtype)
+        gram = x @ x.mT
+        x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
+    out: Tensor = (x.mT if tall else x).to(g.dtype)
+    return out
