@@ -1,6 +1,7 @@
 """The embedded text encoder of all domains: MiniLM token states through transformers, from a pinned weights package."""
 
 import importlib.util
+import math
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -99,6 +100,29 @@ def sentences() -> Remembered:
     """The one reader of sentences of this process: prompts -> (unit vectors [B,384],) on the CPU."""
     encoder = MiniLMEncoder()
     return Remembered(lambda prompts: (encoder.sentence(prompts),))
+
+
+class PromptStates:
+    """Prompts as conditions of small nets: token states and their mask, each prompt read once."""
+
+    def __init__(self, device: torch.device, warn: Callable[[str], None], limit: int = 8192) -> None:
+        """`warn` sees every new prompt, to say what the teacher cannot know."""
+        self.read = Remembered(MiniLMEncoder().to(device).encode, limit)
+        self.warn = warn
+
+    def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
+        """states [B,L,384] and mask [B,L]."""
+        for prompt in self.read.new(prompts):
+            self.warn(prompt)
+        states, mask = self.read(prompts)
+        return {"states": states, "mask": mask}
+
+
+def pooled(states: Tensor, mask: Tensor) -> Tensor:
+    """The mean of the text states [B,L,D] at tokens, its entries of mean square one [B,D]."""
+    total = (states * mask[..., None].to(states)).sum(1)
+    direction: Tensor = F.normalize(total, dim=-1)
+    return direction * math.sqrt(states.shape[-1])
 
 
 def warn_unknown(prompt: str, nearest: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Every recipe, made tiny: it runs, and ten steps, a stop and ten more are twenty steps bit for bit."""
+"""Every recipe, made tiny: it runs, and three steps, a stop and three more are six steps bit for bit."""
 
 import json
 import shutil
@@ -17,7 +17,8 @@ from limbeck.core.run.errors import BadInput
 from limbeck.domains.image import models
 from limbeck.domains.sequence import models as sequence_models
 
-COMMON = ["steps=20", "checkpoint.every=10", "checkpoint.keep=5", "sample.every=1000", "eval=[]"]
+STEPS, STOP = 6, 3
+COMMON = [f"steps={STEPS}", f"checkpoint.every={STOP}", "checkpoint.keep=5", "sample.every=1000", "log.every=2", "eval=[]"]
 EMBEDDED = [name for name in recipes.names() if name.split("/")[0] in ("image", "sequence", "threed", "toy")]
 JOBS = {name: recipes.source(name).data.get("job", "train") for name in EMBEDDED}
 SAMPLING = [name for name in EMBEDDED if JOBS[name] == "sample" and name.startswith("image/")]
@@ -53,6 +54,8 @@ def save_sequences(folder: Path) -> None:
 def small_sequences(name: str, folder: Path) -> list[str]:
     """What makes a recipe of sequences tiny."""
     sets = [*COMMON, "batch=4"]
+    if recipes.source(name).data.get("space"):
+        sets += ["space.steps=2"]
     if name == "sequence/fly-upstream":
         return [*sets, "teacher.net.width=8", "teacher.net.dilations=[1]"]
     if name.startswith("sequence/oracle"):
@@ -92,12 +95,14 @@ def overrides(name: str, teacher: Path) -> list[str]:
     if name == "toy/words":
         return [*COMMON, "batch=8", "stages.0.losses.0.walk.steps=3"]
     if name.startswith("toy/"):
-        return [*COMMON, "batch=8", "stages.0.losses.0.critic.warm=3"]
+        return [*COMMON, "batch=8", "stages.0.losses.0.critic.warm=2"]
     if name.startswith("image/reward-clip"):
         return [*COMMON, "batch=2", "stages.0.losses.0.keywords=0"]
     sets = [*COMMON, "batch=2", "space.steps=1", "sample.prompts=[red apple]"]
     if name == "image/teacher":
-        return [*sets, "teacher.channels=[32, 32]", "stages.0.steps=5"]
+        return [*sets, "teacher.channels=[32, 32]", "stages.0.steps=2"]
+    if name == "image/progressive":
+        return [*sets, f"teacher.model={teacher}", *(f"stages.{i}.steps=2" for i in range(3))]
     loss = recipes.source(name).data["stages"][0]["losses"][0]
     if "per_prompt" in loss:
         sets = [*sets, "stages.0.losses.0.per_prompt=2"]
@@ -106,10 +111,19 @@ def overrides(name: str, teacher: Path) -> list[str]:
     return [*sets, f"teacher.model={teacher}"]
 
 
+def small(name: str, teacher: Path) -> recipes.Recipe:
+    """A recipe made tiny, with a held-out side that is judged before the stop and after it."""
+    recipe = recipes.load(name, overrides(name, teacher))
+    for loss in (loss for stage in recipe.stages for loss in stage.losses):
+        if hasattr(loss, "judge"):
+            loss.judge.every = 2
+    return recipe
+
+
 def ending(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of the newest checkpoint, which must be the last step's."""
     loaded = checkpoint.latest(folder / "checkpoints")
-    assert loaded is not None and loaded.manifest.step == 20
+    assert loaded is not None and loaded.manifest.step == STEPS
     return loaded.tensors
 
 
@@ -120,11 +134,11 @@ def rows(folder: Path) -> list[dict[str, float]]:
 
 
 def cut(whole: Path, halves: Path) -> None:
-    """The run as a kill after step 10 leaves it: later checkpoints gone, later log lines still there."""
+    """The run as a kill after step 3 leaves it: later checkpoints gone, later log lines still there."""
     shutil.rmtree(halves, ignore_errors=True)
     shutil.copytree(whole, halves)
     for folder in (halves / "checkpoints").iterdir():
-        if not folder.name.endswith(("-00000010", "-00000005")):  # 5: the end of a stage before
+        if int(folder.name.rpartition("-")[2]) > STOP:  # stages before the last are shorter
             shutil.rmtree(folder)
 
 
@@ -136,15 +150,29 @@ def assert_same(whole: Path, halves: Path) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_ten_and_ten_are_twenty(name: str, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_three_and_three_are_six(name: str, tiny_teacher: Path, tmp_path: Path) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    recipe = recipes.load(name, overrides(name, tiny_teacher))
+    recipe = small(name, tiny_teacher)
     assert job.run(recipe, whole, device="cpu", quiet=True) == 0
     assert (whole / "report.html").stat().st_size > 1000
     assert recipe.space is None or list((whole / "samples").iterdir())
     cut(whole, halves)
     assert job.run(recipe, halves, device="cpu", resume=True, quiet=True) == 0
     assert_same(whole, halves)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains_shows_and_resumes_on_a_gpu(name: str, tiny_teacher: Path, tmp_path: Path) -> None:
+    recipe = small(name, tiny_teacher)
+    assert job.run(recipe, tmp_path / "run", device="cuda", quiet=True) == 0
+    assert recipe.space is None or list((tmp_path / "run" / "samples").iterdir())
+    cut(tmp_path / "run", tmp_path / "half")
+    assert job.run(recipe, tmp_path / "half", device="cuda", resume=True, quiet=True) == 0
+    one, two = ending(tmp_path / "run"), ending(tmp_path / "half")
+    for key, value in one.items():  # CUDA adds up in no fixed order
+        assert torch.allclose(value.float(), two[key].float(), rtol=0.05, atol=0.05), key
 
 
 def steered(name: str, teacher: Path, student: Path) -> list[str]:
@@ -198,7 +226,7 @@ def test_a_reward_without_a_gradient_is_refused_by_the_methods_that_follow_one(
 def test_a_table_cut_in_a_row_ends_as_the_whole_one(tiny_teacher: Path, tmp_path: Path) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     tiny = [key for key in overrides("image/dmd2", tiny_teacher) if not key.startswith(("steps", "batch"))]
-    recipe = recipes.load("image/table", ["steps=20", "batch=2"])
+    recipe = recipes.load("image/table", [f"steps={STEPS}", "batch=2"])
     recipe = recipe.model_copy(update={"rows": recipe.rows[1:3], "set": tiny})
     assert job.run(recipe, whole, device="cpu", quiet=True) == 0
     shutil.copytree(whole, halves)

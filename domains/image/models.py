@@ -4,7 +4,6 @@ Network time is 1000*t with t in [0,1] (0 data, 1 noise); x_t = (1-t) x0 + t eps
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from limbeck.core.run.errors import BadInput
+from limbeck.core.text import pooled
 
 FACTOR = 2
 UNET: Any = UNet2DConditionModel  # diffusers' own annotations hide that its models are modules
@@ -74,13 +74,6 @@ def flow(unet: nn.Module, x_t: Tensor, t: Tensor, states: Tensor, mask: Tensor) 
         return_dict=False,
     )[0]
     return depth_to_space(out)
-
-
-def pooled(states: Tensor, mask: Tensor) -> Tensor:
-    """The mean of the text states [B,L,D] at tokens, its entries of mean square one [B,D]."""
-    total = (states * mask[..., None].to(states)).sum(1)
-    direction: Tensor = F.normalize(total, dim=-1)
-    return direction * math.sqrt(states.shape[-1])
 
 
 def save_teacher(unet: nn.Module, folder: Path, meta: dict[str, Any] | None = None) -> None:

@@ -14,7 +14,7 @@ from limbeck.core.diffusion.denoiser import Encoded, Model, Network
 from limbeck.core.diffusion.process import Flow
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput, clean, did_you_mean
-from limbeck.core.text import MiniLMEncoder, Remembered
+from limbeck.core.text import PromptStates
 from limbeck.domains.image import models
 from limbeck.domains.image.config import Teacher
 from limbeck.domains.image.data import FluentData
@@ -64,26 +64,12 @@ def embedded_model(
 ) -> Model:
     """A net of the embedded kind with everything around it."""
     denoiser = Network(net, Flow(), prediction, call, taps=("mid_block",))
-    return Model(denoiser, shape, Identity(), PromptStates(MiniLMEncoder(), torch.device(device)), name)
+    return Model(denoiser, shape, Identity(), PromptStates(torch.device(device), warn_unknown), name)
 
 
 def call(net: nn.Module, x: Tensor, time: Tensor, cond: Encoded) -> Tensor:
     """The U-Net sees 2x2 pixels as channels and time 1000 t."""
     return models.flow(net, x, time, cond["states"], cond["mask"])
-
-
-class PromptStates:
-    """Prompts as conditions of the embedded nets: token states and their mask."""
-
-    def __init__(self, encoder: MiniLMEncoder, device: torch.device, limit: int = 8192) -> None:
-        self.read = Remembered(encoder.to(device).encode, limit)
-
-    def __call__(self, prompts: list[str]) -> Encoded:
-        """states [B,L,384] and mask [B,L]; a prompt that the teacher cannot know gets a warning, once."""
-        for prompt in self.read.new(prompts):
-            warn_unknown(prompt)
-        states, mask = self.read(prompts)
-        return {"states": states, "mask": mask}
 
 
 @cache

@@ -73,7 +73,7 @@ def test_a_prompts_states_do_not_depend_on_its_company(folder: Path, build: Buil
 
 
 def test_the_memory_is_bounded(folder: Path) -> None:
-    states = teacher.PromptStates(teacher.MiniLMEncoder(), torch.device("cpu"), limit=3)
+    states = teacher.PromptStates(torch.device("cpu"), lambda prompt: None, limit=3)
     expected = states(["rocket"])["states"]
     for name in teacher.vocabulary()[0].names[:6]:
         states([name])
