@@ -1,8 +1,8 @@
 """Torch-free settings of reward pieces."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from limbeck.core.run.config import OptimConfig
 from limbeck.core.run.recipe import Name, Reward, Strict, Student
@@ -35,6 +35,12 @@ class Clipped(Strict):
     of: Reward
     low: float | None = None
     high: float | None = None
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if self.low is None and self.high is None:
+            raise ValueError("give `low`, `high` or both, or name the reward itself instead of `clipped`")
+        return self
 
 
 class Ensemble(Strict):

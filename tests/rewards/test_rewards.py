@@ -11,6 +11,7 @@ from limbeck.core.rewards import base
 from limbeck.core.rewards.base import Reward
 from limbeck.core.rewards.config import Judging
 from limbeck.core.rewards.panel import Judge, Panel
+from limbeck.core.run import recipe
 from limbeck.core.run.context import Context
 from limbeck.core.run.errors import BadInput, LimbeckError
 from limbeck.core.run.rng import Draws
@@ -172,3 +173,8 @@ def test_a_run_ends_when_the_held_out_side_falls_while_the_trained_one_rises() -
     assert not any(c.finish for c in watch([0.0, 1.0, 0.5, 0.4], [0.0, 1.0, 0.5, 0.4]))  # both fall
     assert not any(c.finish for c in watch([0.0, 1.0, 2.0, 3.0], [0.0, 1.0, 0.5, 1.1]))  # it came back
     assert not any(c.finish for c in watch([0.0, 1.0, 2.0, 3.0], [0.0, 1.0, 0.5, 0.4], None))
+
+
+def test_a_clip_without_an_end_is_refused() -> None:
+    with pytest.raises(BadInput, match="give `low`, `high` or both"):
+        recipe.load("sequence/drakes-dna", ["rewards.train.0.high=null"])
