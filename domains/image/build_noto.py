@@ -7,9 +7,10 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from limbeck.core.emoji import key
 from limbeck.core.run.errors import LimbeckError
-from limbeck.core.run.packages import MIT, Package, checked, write_sums
-from limbeck.domains.image.build_fluent import key, pack, sheet, shrink
+from limbeck.core.run.packages import MIT, Package, checked, npm, write_sums
+from limbeck.domains.image.build_fluent import sheet, shrink
 from limbeck.domains.image.data import captions_file
 
 ASSETS = Path(__file__).parent / "assets" / "noto"
@@ -61,7 +62,7 @@ def build(tarball: Path | None, out: Path) -> None:
     """Makes the file set from the pinned package, fetched by `npm pack` where no tarball is given."""
     codes = [row["codepoints"] for row in captions_file()["pictures"]]
     with tempfile.TemporaryDirectory() as folder:
-        art = pictures(checked(ART, tarball or pack(ART, Path(folder))), set(codes))
+        art = pictures(checked(ART, tarball or npm(ART, Path(folder))), set(codes))
     out.mkdir(parents=True, exist_ok=True)
     small = [shrink(art[code], SIZE) for code in codes]
     sheet(small, SIZE).save(out / f"pictures-{SIZE}.webp", lossless=True, quality=100, method=6, exact=False)

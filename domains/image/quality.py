@@ -19,19 +19,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from limbeck.core import fidelity, lite0
 from limbeck.core.diffusion.denoiser import FewStep, Model
 from limbeck.core.diffusion.manystep import ManyStep
+from limbeck.core.lite0 import Lite0
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput
 from limbeck.core.run.rng import generator
-from limbeck.domains.image import data, metrics
+from limbeck.domains.image import data
 from limbeck.domains.image.config import Quality
-from limbeck.domains.image.features import Lite0
 from limbeck.domains.image.pipelines.sampling import sample as sample_teacher
 
 FOLDER = Path(__file__).parent / "assets" / "fluent-32"
 REFERENCE, TEACHER = FOLDER / "reference.safetensors", FOLDER / "teacher-features.safetensors"
-COMPONENTS, FRECHET = 128, 64  # kept; all measures but retrieval@1 use the first 64
 SIDE = 32  # pixels a side of the reference's pictures
 HALF = 8  # real pictures of each name in one half of the reference
 Row = dict[str, float | str]
@@ -51,25 +51,11 @@ class Reference:
 
     def project(self, features: Tensor) -> Tensor:
         """lite0 features [C*M,1280], pictures of one caption together -> [C,M,D] float32."""
-        return project(features, self.mean, self.components, len(self.real))
+        return fidelity.project(features, self.mean, self.components, len(self.real))
 
     def examples(self) -> Tensor:
         """What a caption looks like: clean, noisy and blurred pictures [C,2*M,D]."""
         return torch.cat([self.real, self.degraded], 1)
-
-
-def project(features: Tensor, mean: Tensor, components: Tensor, captions: int) -> Tensor:
-    """lite0 features [C*M,1280] on the components -> [C,M,D]."""
-    out = (features.double() - mean.double()) @ components.double()
-    return out.float().view(captions, -1, components.shape[1])
-
-
-def principal(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [1280] and principal components [1280,D] of features [N,1280]."""
-    mean = features.double().mean(0)
-    _, singular, basis = torch.linalg.svd(features.double() - mean, full_matrices=False)
-    scale = (singular[:FRECHET].square().mean() / len(features)).sqrt()
-    return mean.float(), (basis[:COMPONENTS].T / scale).float().contiguous()
 
 
 def degrade(pictures: Tensor) -> Tensor:
@@ -83,8 +69,8 @@ def degrade(pictures: Tensor) -> Tensor:
 def fingerprint() -> str:
     """SHA-256 of what the reference is drawn from: pictures, names and the feature net."""
     assets = FOLDER.parent
-    files = ("fluent/pictures-32.webp", "fluent/captions.json", "lite0/model.safetensors")
-    return hashlib.sha256(b"".join((assets / file).read_bytes() for file in files)).hexdigest()
+    files = (assets / "fluent/pictures-32.webp", assets / "fluent/captions.json", lite0.ASSET / "model.safetensors")
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def real_pictures(half: str) -> Tensor:
@@ -99,8 +85,8 @@ def build_reference(path: Path = REFERENCE) -> None:
     net, real = Lite0(), real_pictures("real")
     sets = {"floor": real_pictures("floor"), "real": real, "degraded": degrade(real)}
     found = {name: net.features(pictures) for name, pictures in sets.items()}
-    mean, components = principal(found["real"])
-    made = {name: project(x, mean, components, len(data.EVAL_NAMES)) for name, x in found.items()}
+    mean, components = fidelity.principal(found["real"])
+    made = {name: fidelity.project(x, mean, components, len(data.EVAL_NAMES)) for name, x in found.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({"mean": mean, "components": components, **made}, path, {"fingerprint": fingerprint()})
 
@@ -185,16 +171,16 @@ def seconds(sampler: Sampler, config: Quality) -> float:
 
 def row(name: str, steps: int, found: Tensor, reference: Reference, config: Quality, took: float | None) -> Row:
     """One line of the table: everything measured on the features [C,M,D] of one generator."""
-    x, real, floor = (part[..., :FRECHET] for part in (found, reference.real, reference.floor))
-    precision, recall = metrics.precision_recall(x, real, config.neighbours)
+    x, real, floor = (part[..., : fidelity.FRECHET] for part in (found, reference.real, reference.floor))
+    precision, recall = fidelity.precision_recall(x, real, config.neighbours)
     return {
         "generator": name,
         "steps": steps,
-        "FD-lite0": metrics.frechet_distance(x, real),
-        "floor": metrics.frechet_distance(floor[:, : x.shape[1]], real),
-        "KD": metrics.kernel_distance(x, real),
-        "retrieval@1": metrics.retrieval(found, reference.examples()),
-        "spread": metrics.spread(x, real),
+        "FD-lite0": fidelity.frechet_distance(x, real),
+        "floor": fidelity.frechet_distance(floor[:, : x.shape[1]], real),
+        "KD": fidelity.kernel_distance(x, real),
+        "retrieval@1": fidelity.retrieval(found, reference.examples()),
+        "spread": fidelity.spread(x, real),
         "precision": precision,
         "recall": recall,
         "seconds a picture": "" if took is None else took,

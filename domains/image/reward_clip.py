@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from limbeck.core.pictures import to_pictures
+from limbeck.core.pictures import sheet, to_pictures
 from limbeck.core.run.build import Batch, Build
 from limbeck.core.run.context import Context
 from limbeck.core.run.errors import BadInput
@@ -24,7 +24,6 @@ from limbeck.core.run.rng import generator
 from limbeck.domains.image import config as settings
 from limbeck.domains.image import towers
 from limbeck.domains.image.data import FOLDER, FluentData, captions_file
-from limbeck.domains.image.space import sheet
 
 STYLES = {"noto": FOLDER.parent / "noto", "fluent": FOLDER}
 HELD_OUT = 320  # captions

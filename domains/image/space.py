@@ -2,51 +2,22 @@
 
 from __future__ import annotations
 
-import re
-import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from limbeck.core.diffusion.denoiser import Encoded, FewStep, Model
 from limbeck.core.diffusion.manystep import ManyStep
-from limbeck.core.pictures import to_pictures
+from limbeck.core.pictures import sheet, slug, to_pictures
 from limbeck.core.rewards.preference import inside
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput, clean
 from limbeck.core.run.rng import generator
 from limbeck.domains.image import pipelines, students
 from limbeck.domains.image.config import Pictures
-
-CELL = 112  # pixels a picture on a sheet
-GAP = 6
-LABEL = 26
-
-
-def sheet(blocks: dict[str, Sequence[Image.Image]], captions: Sequence[str], columns: int = 4) -> Image.Image:
-    """Lays blocks of pictures side by side (teacher | student), each under its title, captions below the pictures."""
-    rows = -(-len(captions) // columns)
-    width, height = columns * (CELL + GAP) + GAP, rows * (CELL + LABEL) + LABEL + GAP
-    page = Image.new("RGB", (width * len(blocks) + GAP * (len(blocks) - 1), height), "white")
-    draw = ImageDraw.Draw(page)
-    for block, (title, pictures) in enumerate(blocks.items()):
-        left = block * (width + GAP)
-        draw.text((left + GAP, 6), title, fill="black")
-        for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-            x = left + GAP + (index % columns) * (CELL + GAP)
-            y = LABEL + (index // columns) * (CELL + LABEL)
-            resample = Image.Resampling.NEAREST if picture.width < CELL else Image.Resampling.LANCZOS
-            page.paste(picture.resize((CELL, CELL), resample), (x, y))
-            draw.text((x, y + CELL + 3), textwrap.shorten(caption, 19, placeholder="…"), fill="#444")
-    return page
-
-
-def slug(text: str) -> str:
-    """A prompt as part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "empty"
 
 
 class ImageSpace:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 from limbeck.core.diffusion.denoiser import Denoiser, FewStep, Model, Network
 from limbeck.core.diffusion.manystep import ManyStep
 from limbeck.core.distillation.lora import Patched
+from limbeck.core.distillation.students import full_copy
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput
 from limbeck.domains.image import lora as patches
@@ -20,11 +20,6 @@ from limbeck.domains.image.pipelines import PipelineModel
 from limbeck.domains.image.pipelines.loading import TokenFeatures
 
 RANK = 64  # of `lora: auto`
-
-
-def full_copy(model: Model) -> Denoiser:
-    """A trainable float32 copy of the teacher."""
-    return copy.deepcopy(model.denoiser).float().requires_grad_(True)
 
 
 def trainable(model: Model, lora: int | str | None, alpha: float | None) -> Denoiser:

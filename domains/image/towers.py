@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from limbeck.core.lite0 import Lite0, resize
 from limbeck.core.rewards.base import Condition, Reward
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput
 from limbeck.core.text import WIDTH, sentences
 from limbeck.domains.image.config import TextReward
-from limbeck.domains.image.features import Lite0, resize
 from limbeck.domains.image.hed import Hed
 
 FOLDERS = {"a": "reward-clip", "b": "reward-clip-b"}

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from limbeck.core import film
+from limbeck.core.pictures import to_bytes
 from limbeck.core.run.errors import BadInput
 from limbeck.domains.threed.cameras import Cameras
 from limbeck.domains.threed.scene import Scene, Views, seen
@@ -23,8 +25,7 @@ def frames(views: Views, what: What = "image") -> Tensor:
         raise BadInput("this scene knows no normals; ask for the picture or its depth")
     value = views.image if what == "image" else views.normals if what == "normals" else nearness(views)
     assert value is not None
-    bytes_ = ((value.float().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(1, -1)
-    return bytes_.expand(*bytes_.shape[:-1], 3).cpu()
+    return to_bytes(value.expand(-1, 3, -1, -1))
 
 
 def nearness(views: Views) -> Tensor:
@@ -44,27 +45,9 @@ def around(scene: Scene, cameras: Cameras) -> Views:
     return seen(scene, cameras)
 
 
-def mp4(pictures: Tensor, path: Path) -> Path:
-    """H.264 in yuv420p of pictures uint8 [V,H,W,3]; odd sides lose a pixel. Needs PyAV (the extra `threed`)."""
-    try:
-        import av
-    except ImportError:
-        raise BadInput("MP4 is written by PyAV: run `pip install 'limbeck[threed]'`, or ask for a gif") from None
-    height, width = (int(side) // 2 * 2 for side in pictures.shape[1:3])
-    with av.open(str(path), "w", format="mp4") as file:
-        stream = file.add_stream("libx264", rate=RATE, options={"crf": "18", "threads": "1"})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for picture in pictures[:, :height, :width].numpy():
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        file.mux(stream.encode())
-    return path
-
-
 def gif(scene: Scene, cameras: Cameras, path: Path) -> Path:
     """An endless GIF of the scene's colours."""
-    first, *rest = (Image.fromarray(picture) for picture in frames(around(scene, cameras)).numpy())
-    first.save(path, save_all=True, append_images=rest, duration=1000 // RATE, loop=0)
-    return path
+    return film.write(around(scene, cameras).image, path, RATE)
 
 
 def videos(scene: Scene, cameras: Cameras, path: Path) -> list[Path]:
@@ -72,7 +55,7 @@ def videos(scene: Scene, cameras: Cameras, path: Path) -> list[Path]:
     views = around(scene, cameras)
     kinds: list[What] = ["image", "depth", *(["normals"] if views.normals is not None else [])]  # type: ignore[list-item]
     names = [path if kind == "image" else path.with_stem(f"{path.stem}-{kind}") for kind in kinds]
-    return [mp4(frames(views, kind), name) for kind, name in zip(kinds, names, strict=True)]
+    return [film.write(frames(views, kind).movedim(-1, 1), name, RATE) for kind, name in zip(kinds, names, strict=True)]
 
 
 def sheet(scene: Scene, cameras: Cameras, path: Path) -> Path:

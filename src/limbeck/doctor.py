@@ -110,9 +110,10 @@ def _disk() -> Iterator[tuple[bool, str]]:
 
 def _assets() -> Iterator[tuple[bool, str]]:
     """Embedded files: those listed in a SHA256SUMS beside them are checked, the others are counted."""
-    spec = importlib.util.find_spec("limbeck.domains")
+    spec = importlib.util.find_spec("limbeck")
     for root in list(spec.submodule_search_locations or []) if spec else []:
-        for folder in sorted(path for path in Path(root).glob("*/assets/*") if path.is_dir()):
+        tops = (*Path(root).glob("core/assets/*"), *Path(root).glob("domains/*/assets/*"))
+        for folder in sorted(path for path in tops if path.is_dir()):
             files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
             bad = list(_wrong(folder))
             size = sum(path.stat().st_size for path in files) / 2**20

@@ -9,16 +9,17 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from limbeck.core import fidelity
 from limbeck.core.diffusion.codec import Identity
 from limbeck.core.diffusion.denoiser import FewStep, Model
 from limbeck.core.diffusion.mixture import GaussianMixture
 from limbeck.core.diffusion.process import Flow
+from limbeck.core.lite0 import Lite0
 from limbeck.core.run.errors import BadInput
 from limbeck.core.run.rng import generator
-from limbeck.domains.image import metrics, quality
+from limbeck.domains.image import quality
 from limbeck.domains.image.config import Quality
 from limbeck.domains.image.data import EVAL_NAMES, FluentData
-from limbeck.domains.image.features import Lite0
 from limbeck.domains.image.quality import Reference
 
 
@@ -43,7 +44,7 @@ def test_frechet_of_diagonal_gaussians() -> None:
     a, b = torch.rand(2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.1
     shift = normal(8)
     want = shift.square().sum() + (a.sqrt() - b.sqrt()).square().sum()
-    assert metrics.frechet(shift, a.diag(), torch.zeros(8), b.diag()) == pytest.approx(float(want), abs=1e-12)
+    assert fidelity.frechet(shift, a.diag(), torch.zeros(8), b.diag()) == pytest.approx(float(want), abs=1e-12)
 
 
 def test_frechet_of_gaussians_that_do_not_commute() -> None:
@@ -52,26 +53,26 @@ def test_frechet_of_gaussians_that_do_not_commute() -> None:
     assert (a @ b - b @ a).abs().max() > 0.01
     cross = ((a @ b).trace() + 2 * (a @ b).det().sqrt()).sqrt()
     want = float(a.trace() + b.trace() - 2 * cross)
-    assert metrics.frechet(torch.zeros(2), a, torch.zeros(2), b) == pytest.approx(want, abs=1e-12)
+    assert fidelity.frechet(torch.zeros(2), a, torch.zeros(2), b) == pytest.approx(want, abs=1e-12)
 
 
 def test_frechet_distance_of_samples() -> None:
     x, y = normal(20000, 4), 2 * normal(20000, 4, seed=1) + 1
-    assert metrics.frechet_distance(x, y) == pytest.approx(4 + 4, rel=0.03)
-    assert metrics.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    assert fidelity.frechet_distance(x, y) == pytest.approx(4 + 4, rel=0.03)
+    assert fidelity.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
 
 
 def test_frechet_distance_sees_a_shift_and_a_sign() -> None:
     x = normal(2048, 8) + 1
-    assert metrics.frechet_distance(x, x + 0.5) == pytest.approx(8 * 0.25, abs=1e-9)
-    assert metrics.frechet_distance(x, -x) == pytest.approx(float((2 * x.mean(0)).square().sum()), abs=1e-9)
+    assert fidelity.frechet_distance(x, x + 0.5) == pytest.approx(8 * 0.25, abs=1e-9)
+    assert fidelity.frechet_distance(x, -x) == pytest.approx(float((2 * x.mean(0)).square().sum()), abs=1e-9)
 
 
 def test_too_few_pictures_are_refused() -> None:
     with pytest.raises(BadInput, match="at least 1024 pictures"):
-        metrics.frechet_distance(normal(1023, 4), normal(4096, 4))
+        fidelity.frechet_distance(normal(1023, 4), normal(4096, 4))
     with pytest.raises(BadInput, match="at least two pictures"):
-        metrics.spread(normal(8, 1, 4), normal(8, 4, 4))
+        fidelity.spread(normal(8, 1, 4), normal(8, 4, 4))
 
 
 # Kernel distance
@@ -86,15 +87,15 @@ def test_kernel_distance_by_explicit_sums() -> None:
     own_x = sum(kernel(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j) / (4 * 3)
     own_y = sum(kernel(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j) / (5 * 4)
     between = sum(kernel(a, b) for a in x for b in y) / (4 * 5)
-    assert metrics.kernel_distance(x, y) == pytest.approx(own_x + own_y - 2 * between, abs=1e-12)
+    assert fidelity.kernel_distance(x, y) == pytest.approx(own_x + own_y - 2 * between, abs=1e-12)
 
 
 def test_kernel_distance_is_unbiased_and_sees_shift_and_scale() -> None:
-    same = [metrics.kernel_distance(normal(200, 8, seed=2 * i), normal(200, 8, seed=2 * i + 1)) for i in range(50)]
+    same = [fidelity.kernel_distance(normal(200, 8, seed=2 * i), normal(200, 8, seed=2 * i + 1)) for i in range(50)]
     mean, deviation = torch.tensor(same).mean(), torch.tensor(same).std() / math.sqrt(50)
     assert abs(mean) < 3 * deviation
-    assert metrics.kernel_distance(normal(200, 8), normal(200, 8, seed=1) + 0.5) > 10 * torch.tensor(same).std()
-    assert metrics.kernel_distance(normal(200, 8), normal(200, 8, seed=1) * 2) > 10 * torch.tensor(same).std()
+    assert fidelity.kernel_distance(normal(200, 8), normal(200, 8, seed=1) + 0.5) > 10 * torch.tensor(same).std()
+    assert fidelity.kernel_distance(normal(200, 8), normal(200, 8, seed=1) * 2) > 10 * torch.tensor(same).std()
 
 
 # Retrieval
@@ -110,16 +111,16 @@ def captions(count: int, pictures: int, seed: int, nuisance: float = 30.0) -> Te
 
 def test_retrieval_needs_and_has_whitening(monkeypatch: pytest.MonkeyPatch) -> None:
     x, ref = captions(256, 4, seed=1), captions(256, 8, seed=2)
-    monkeypatch.setattr(metrics, "SHRINK", 1e-4)
-    assert metrics.retrieval(x, ref) > 0.99
-    monkeypatch.setattr(metrics, "whitener", lambda reference: torch.eye(16, dtype=torch.float64))
-    assert metrics.retrieval(x, ref) < 0.2
+    monkeypatch.setattr(fidelity, "SHRINK", 1e-4)
+    assert fidelity.retrieval(x, ref) > 0.99
+    monkeypatch.setattr(fidelity, "whitener", lambda reference: torch.eye(16, dtype=torch.float64))
+    assert fidelity.retrieval(x, ref) < 0.2
 
 
 def test_whitener_makes_the_covariance_within_captions_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "SHRINK", 0.0)
+    monkeypatch.setattr(fidelity, "SHRINK", 0.0)
     ref = captions(64, 8, seed=1)
-    white = (ref - ref.mean(1, keepdim=True)).flatten(0, 1) @ metrics.whitener(ref)
+    white = (ref - ref.mean(1, keepdim=True)).flatten(0, 1) @ fidelity.whitener(ref)
     assert torch.allclose(white.T @ white / (64 * 7), torch.eye(16, dtype=torch.float64), atol=1e-8)
 
 
@@ -127,26 +128,26 @@ def test_whitener_makes_the_covariance_within_captions_one(monkeypatch: pytest.M
 
 
 def test_spread_is_scale_against_scale() -> None:
-    assert metrics.spread(0.5 * normal(256, 4, 16), normal(256, 8, 16, seed=1)) == pytest.approx(0.5, rel=0.03)
+    assert fidelity.spread(0.5 * normal(256, 4, 16), normal(256, 8, 16, seed=1)) == pytest.approx(0.5, rel=0.03)
     far_apart = 100 * normal(256, 1, 16) + normal(256, 4, 16, seed=1)  # captions far apart are no spread within them
-    assert metrics.spread(far_apart, normal(256, 8, 16, seed=2)) == pytest.approx(1, rel=0.03)
-    assert metrics.spread(normal(256, 1, 16).expand(-1, 4, -1), normal(256, 8, 16)) == pytest.approx(0, abs=1e-9)
+    assert fidelity.spread(far_apart, normal(256, 8, 16, seed=2)) == pytest.approx(1, rel=0.03)
+    assert fidelity.spread(normal(256, 1, 16).expand(-1, 4, -1), normal(256, 8, 16)) == pytest.approx(0, abs=1e-9)
 
 
 def test_precision_and_recall_of_lost_modes_and_of_junk() -> None:
     centres = 20 * normal(64, 1, 8)
     real, fake = centres + normal(64, 8, 8, seed=1), centres + normal(64, 8, 8, seed=2)
-    precision, recall = metrics.precision_recall(fake, real)
+    precision, recall = fidelity.precision_recall(fake, real)
     assert min(precision, recall) > 0.5
-    assert metrics.precision_recall(fake[:32], real)[1] < 0.6 * recall  # half the modes
-    assert metrics.precision_recall(fake + 100, real) == (0, 0)
+    assert fidelity.precision_recall(fake[:32], real)[1] < 0.6 * recall  # half the modes
+    assert fidelity.precision_recall(fake + 100, real) == (0, 0)
     junk = torch.cat([fake[:, :4], fake[:, 4:] + 100], 1)
-    assert metrics.precision_recall(junk, real)[0] == pytest.approx(precision / 2, abs=0.1)
+    assert fidelity.precision_recall(junk, real)[0] == pytest.approx(precision / 2, abs=0.1)
 
 
 def test_ball_of_a_known_radius() -> None:
     line = torch.arange(10.0)[:, None]  # the second neighbour of every inner point is one away, of the ends two
-    inside = [metrics.coverage(torch.tensor([[place]]), line, 2) for place in (-2.0, -2.1, 4.5)]
+    inside = [fidelity.coverage(torch.tensor([[place]]), line, 2) for place in (-2.0, -2.1, 4.5)]
     assert inside == [1, 0, 1]
 
 
@@ -163,10 +164,10 @@ def test_ceiling_and_floor_of_real_pictures(reference: Reference) -> None:
 
 
 def test_components_have_mean_variance_one_and_no_covariance(reference: Reference) -> None:
-    covariance = metrics.covariance(metrics.flat(reference.real))[:64, :64]
+    covariance = fidelity.covariance(fidelity.flat(reference.real))[:64, :64]
     assert covariance.diagonal().mean() == pytest.approx(1, abs=1e-2)
     assert (covariance - covariance.diagonal().diag()).abs().max() < 1e-2
-    assert metrics.flat(reference.real).mean(0).abs().max() < 1e-3
+    assert fidelity.flat(reference.real).mean(0).abs().max() < 1e-3
 
 
 def test_faulty_generators_are_caught(reference: Reference) -> None:
@@ -189,8 +190,8 @@ def test_retrieval_asks_what_is_shown(reference: Reference) -> None:
     """Pictures with a little noise or blur are still told by what they show, thanks to such examples."""
     pictures = quality.degrade(quality.real_pictures("floor").view(256, 8, 3, 32, 32)[:, :2].flatten(0, 1))
     found = reference.project(Lite0().features(pictures))
-    with_examples = [metrics.retrieval(found[:, i : i + 1], reference.examples()) for i in (0, 1)]
-    without = [metrics.retrieval(found[:, i : i + 1], reference.real) for i in (0, 1)]
+    with_examples = [fidelity.retrieval(found[:, i : i + 1], reference.examples()) for i in (0, 1)]
+    without = [fidelity.retrieval(found[:, i : i + 1], reference.real) for i in (0, 1)]
     assert min(with_examples) > 0.88
     assert without[0] < with_examples[0] - 0.1 and without[1] < with_examples[1] - 0.03
 
@@ -210,7 +211,7 @@ def test_the_reference_is_of_todays_pictures(reference: Reference) -> None:
     net = Lite0()
     for half in ("floor", "real"):
         features = net.features(quality.real_pictures(half)[: 4 * quality.HALF])
-        found = quality.project(features, reference.mean, reference.components, 4)
+        found = fidelity.project(features, reference.mean, reference.components, 4)
         assert torch.allclose(found, getattr(reference, half)[:4], atol=1e-3)
 
 

@@ -1,8 +1,7 @@
 """Rewards on pictures without a network, in a process and behind a server."""
 
 import signal
-import subprocess
-import sys
+from typing import Any
 
 import pytest
 import torch
@@ -57,11 +56,11 @@ def test_combinators_stand_in_recipes() -> None:
     assert "kind: hinge" in text and "target: 0.5" in text
 
 
-def test_a_reward_behind_the_server_is_the_same() -> None:
-    command = [sys.executable, "-m", "limbeck", "reward-server", "image.compressibility", "--port", "0"]
-    server = subprocess.Popen([*command, "--set", "quality=50"], stdout=subprocess.PIPE, text=True)
+def test_a_reward_behind_the_server_is_the_same(python: Any) -> None:
+    order = ["-m", "limbeck", "reward-server", "image.compressibility", "--port", "0", "--set", "quality=50"]
+    server = python.start(order)
     try:
-        address = server.stdout.readline().split()[-1]
+        address = server.line().split()[-1]
         cond = {"prompt": ["a", "b", "c"]}
         assert torch.equal(remote(address)(PICTURES, cond), -rewards.payload(PICTURES, 50))
     finally:

@@ -11,7 +11,22 @@ from torch.nn import functional as F
 from limbeck.core.run.errors import BadInput
 
 MIN_COUNT = 1024
+COMPONENTS, FRECHET = 128, 64  # principal components kept; all measures but retrieval@1 use the first 64
 SHRINK = 0.1  # share of the mean variance added to each direction before whitening
+
+
+def project(features: Tensor, mean: Tensor, components: Tensor, captions: int) -> Tensor:
+    """Features [C*M,W] on the components [W,D], less their mean [W] -> [C,M,D]."""
+    out = (features.double() - mean.double()) @ components.double()
+    return out.float().view(captions, -1, components.shape[1])
+
+
+def principal(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [W] and principal components [W,D] of features [N,W], the first 64 of mean variance one."""
+    mean = features.double().mean(0)
+    _, singular, basis = torch.linalg.svd(features.double() - mean, full_matrices=False)
+    scale = (singular[:FRECHET].square().mean() / len(features)).sqrt()
+    return mean.float(), (basis[:COMPONENTS].T / scale).float().contiguous()
 
 
 def flat(x: Tensor) -> Tensor:

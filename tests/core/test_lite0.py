@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from limbeck.domains.image import features
-from limbeck.domains.image.features import Lite0, SameConv, resize
+from limbeck.core import lite0
+from limbeck.core.lite0 import Lite0, SameConv, resize
 
 # Features of picture(97) by the original float32 weights, with batch norm (eps 1e-3) as a layer of its own.
 NORM = 25.0219
@@ -39,7 +39,7 @@ def test_symmetric_padding_is_caught(net: Lite0, monkeypatch: pytest.MonkeyPatch
     def symmetric(self: SameConv, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight, self.bias, self.stride, self.reach // 2, 1, self.groups)
 
-    monkeypatch.setattr(features.SameConv, "forward", symmetric)
+    monkeypatch.setattr(lite0.SameConv, "forward", symmetric)
     assert error(net(picture(96))) > 0.1
 
 
