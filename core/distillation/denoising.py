@@ -60,7 +60,7 @@ def truth(space: str, x0: Tensor, eps: Tensor, t: Tensor, process: Process) -> T
     return table[space]
 
 
-def errors(pred: Prediction, x0: Tensor, eps: Tensor, config: settings.Denoising) -> Tensor:
+def errors(pred: Prediction, x0: Tensor, eps: Tensor, config: settings.Compared) -> Tensor:
     """w(t) times the mean square error over the sample [B]; for tokens see `token_errors`."""
     if isinstance(pred, DiscretePrediction):
         return token_errors(pred, x0)
@@ -87,7 +87,7 @@ def token_errors(pred: DiscretePrediction, x0: Tensor) -> Tensor:
     return expand(rate.to(cost), cost)[:, 0] * (gone * cost).mean(1)
 
 
-def weighting(config: settings.Denoising, process: Process, t: Tensor) -> Tensor:
+def weighting(config: settings.Compared, process: Process, t: Tensor) -> Tensor:
     """w(t) [B] by name; `alpha2` turns an eps loss into SwiftBrush's (alpha eps_psi - alpha eps)^2."""
     name = "alpha" if config.weighting == "alpha2" else config.weighting
     w = weight(name, process, t, config.sigma_data)

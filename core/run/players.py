@@ -244,9 +244,10 @@ def _copy(to: list[Any], new: list[Tensor]) -> None:
 
 
 def place(full: Tensor, like: Tensor) -> Tensor:
-    """A full tensor on the device (and, when sharded, with the placement) of `like`."""
+    """A full tensor on the device of `like`, laid out in memory as it is (sums depend on it), sharded as it is."""
     if not hasattr(like, "full_tensor"):
-        return full.to(like.device)
+        full = full.to(like.device)
+        return full if full.stride() == like.stride() else torch.empty_like(like, dtype=full.dtype).copy_(full)
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     like = cast(DTensor, like)
