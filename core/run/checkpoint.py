@@ -91,7 +91,7 @@ def load(folder: Path) -> Loaded:
         _verify(folder / name, want)
     try:
         return Loaded(manifest, load_file(folder / STATE))
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise _damaged(folder, f"{STATE} cannot be read ({clean(error, 80)})") from None
 
 
@@ -102,6 +102,8 @@ def latest(root: Path, say: Callable[[str], None] = lambda line: None, stage: st
             try:
                 return load(folder)
             except BadInput as error:
+                if not folder.exists():
+                    return latest(root, say, stage)
                 say(f"{error}; trying the one before")
     return None
 
@@ -168,6 +170,9 @@ def _newest_first(root: Path, say: Callable[[str], None]) -> Iterator[Path]:
             try:
                 manifest = read_manifest(folder)
             except BadInput as error:
+                if not folder.exists():  # a run that goes on has dropped it: there are newer ones
+                    yield from _newest_first(root, say)
+                    return
                 say(f"{error}; it is skipped")
                 continue
             found.append((manifest.stage_index, manifest.step, folder))

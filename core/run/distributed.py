@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
@@ -183,23 +183,49 @@ def launch(argv: Sequence[str], n: int) -> int:
     flags = [f"--{key}={value}" for key, value in options.items()]
     start = "from limbeck.core.run.distributed import agent; agent()"
     command = [sys.executable, "-c", start, *flags, "-m", "limbeck", *argv]
-    threads = str(max(1, (os.cpu_count() or 1) // n))
+    codes: list[int] = []
+    stopped = supervise(1, lambda *_: command, lambda _, code: codes.append(code), share=n)
+    return stopped or codes[0]
+
+
+def supervise(
+    count: int, command: Callable[[int, int], list[str]], ended: Callable[[int, int], None],
+    at_once: int = 1, share: int | None = None, quiet: bool = False,
+) -> int:  # fmt: skip
+    """Carry out `count` commands, `at_once` at a time, each in a session of its own: 0, or 128 + the signal that came.
+
+    `command(number, place)` is asked when there is a place, `ended(number, exit code)` is told. Each has a `share`-th
+    of the cores. The first SIGINT or SIGTERM is passed on to all that run and no other starts; a second one kills.
+    """
+    threads = str(max(1, (os.cpu_count() or 1) // (share or at_once)))
     env = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # processes must not spin on cores
-    worker = subprocess.Popen(command, env=env, start_new_session=True)
+    out = subprocess.DEVNULL if quiet else None
+    running: dict[int, tuple[int, subprocess.Popen[bytes]]] = {}  # by place
     caught: list[int] = []
 
     def forward(number: int, frame: Any) -> None:
         caught.append(number)
-        worker.send_signal(number if len(caught) == 1 else signal.SIGKILL)
+        for _, worker in running.values():
+            worker.send_signal(number if len(caught) == 1 else signal.SIGKILL)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    waiting = list(range(count))
     try:
-        while worker.poll() is None:
+        while running or (waiting and not caught):
+            for place in set(range(at_once)) - set(running):
+                if waiting and not caught:
+                    number = waiting.pop(0)
+                    worker = subprocess.Popen(command(number, place), env=env, start_new_session=True, stdout=out)
+                    running[place] = number, worker
             time.sleep(0.1)
+            for place, (number, worker) in list(running.items()):
+                if worker.poll() is not None:
+                    del running[place]
+                    ended(number, int(worker.returncode))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return 128 + caught[0] if caught else int(worker.returncode)
+    return 128 + caught[0] if caught else 0
 
 
 def agent() -> None:

@@ -38,15 +38,19 @@ def run(
     dry_run: bool = False,
     resume: bool = False,
     quiet: bool = False,
+    at_once: int = 1,
 ) -> int:
-    """Carry a recipe out (or go on with it); the exit status. LimbeckError after the report when it fails."""
+    """Carry a recipe out (or go on with it); the exit status. LimbeckError after the report when it fails.
+
+    `at_once`: of a table, how many of its rows, each in a process of its own where there are several.
+    """
     team = Team(device, recipe.precision, recipe.distributed.shard)
     baseline = memory.now(team.device)
     build = Build(recipe, team.device, folder, team.rank, team.size)
     if not dry_run:
         _open_folder(build, team, resume)
     with Metrics(folder, team.device, quiet=quiet, writes=team.rank == 0) as metrics:
-        job = Job(build, team, metrics, baseline)
+        job = Job(build, team, metrics, baseline, at_once, device)
         try:
             with _explained(recipe):
                 return job.estimate_all() if dry_run else job.carry_out(resume)
@@ -119,6 +123,8 @@ class Job:
     team: Team
     metrics: Metrics
     baseline: int
+    at_once: int = 1
+    named: str | None = None  # the device that the command line named
 
     def __post_init__(self) -> None:
         self.recipe = self.build.recipe
@@ -141,14 +147,22 @@ class Job:
             self._train_all(resume)
         elif self.recipe.job == "sample":
             self._sample()
+        elif self.at_once > 1:
+            table.carry_out_apart(self.recipe, self.build.folder, self.at_once, self._device, self.metrics.say)
         else:
             row = functools.partial(run, device=str(self.team.device), quiet=self.metrics.quiet)
-            table.carry_out(self.recipe, self.build.folder, row)
+            table.carry_out(self.recipe, self.build.folder, row, self.metrics.say)
         if self.recipe.eval and (self.team.rank == 0 or self.team.shard):  # sharded weights need all processes
             self._evaluate()
         self.team.barrier()
         self.metrics.say(f"done: {self.build.folder}")
         return 0
+
+    def _device(self, place: int) -> str:
+        """What the place-th of several processes computes on: GPUs in turn, where none was named."""
+        if self.named or self.team.device.type != "cuda":
+            return str(self.team.device)
+        return f"cuda:{place % torch.cuda.device_count()}"
 
     def estimate(self, stage: Stage) -> None:
         """Print memory and time of one stage from three steps of a copy that is thrown away."""
@@ -296,6 +310,7 @@ def _open_folder(build: Build, team: Team, resume: bool) -> None:
             (folder / "error.txt").unlink(missing_ok=True)
             if not resume:
                 (folder / "recipe.yaml").write_text(recipes.dump(build.recipe))
+            if not (folder / "environment.json").exists():  # a row of a table begins as a resume
                 (folder / "environment.json").write_text(json.dumps(environment(build), indent=1))
         except OSError as error:
             raise BadInput(f"{folder}: cannot write there ({error.strerror}); choose another --out") from None

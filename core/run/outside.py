@@ -117,6 +117,14 @@ def arguments(programs: Sequence[str], addresses: Sequence[str]) -> list[str]:
     return [part for kind, items in given.items() for item in items for part in (FLAGS[kind], item)]
 
 
+def flags_for(rewards: Any) -> list[str]:
+    """What this process was told of the rewards that a recipe asks for, as flags for a process that carries it out."""
+    asked = set(wanted(rewards))
+    programs = [f"{n}={shlex.join(words)}" for n, words in _named.program.items() if ("program", n) in asked]
+    addresses = [f"{n}={text}" for n, text in _named.address.items() if ("address", n) in asked]
+    return arguments(programs, addresses)
+
+
 def hidden(words: Sequence[str]) -> list[str]:
     """A command line without the commands and addresses, as it may be kept in a run folder."""
     out, flags = [], set(FLAGS.values())

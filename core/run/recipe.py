@@ -21,7 +21,8 @@ Count = Annotated[int, Field(ge=1, le=10**9)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 RecipeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}(/[A-Za-z0-9][A-Za-z0-9_.-]{0,63}){0,3}$")]
 FLAGS = {
-    "set", "out", "name", "seed", "device", "dry-run", "processes", "reward-program", "reward-address", "help",
+    "set", "out", "name", "prompts", "seed", "seeds", "device", "dry-run", "processes", "reward-program",
+    "reward-address", "help",
 }  # fmt: skip
 Texts = dict[yamlio.Keys, str]
 KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}(\.[A-Za-z0-9_][A-Za-z0-9_-]{0,63}){0,15}\Z")
@@ -98,6 +99,7 @@ Metric = Annotated[Any, _slot("metric")]
 Reward = Annotated[Any, _slot("reward", weight=Weight)]
 Sampler = Annotated[Any, _slot("sampler")]
 Student = Annotated[Any, _slot("student")]
+Teacher = Annotated[Any, _slot("teacher")]
 
 
 class Expect(Strict):
@@ -181,6 +183,7 @@ class Row(Strict):
     recipe: str
     label: Name
     set: list[str] = []
+    caption: str = ""  # with it the row's last sheet stands on the table's contact sheet, else in a picture of its own
 
 
 class Recipe(Strict):

@@ -21,49 +21,57 @@ STEP = re.compile(r"step-(\d+)")
 
 def write(folder: Path) -> Path:
     """Write `report.html` for this run folder from whatever it holds so far."""
-    raw = _recipe(folder)
-    name = str(raw.get("name", folder.name))
+    path = folder / "report.html"
+    path.write_text(page(folder), encoding="utf-8")
+    return path
+
+
+def page(folder: Path) -> str:
+    """The report as HTML."""
+    raw = recipe_of(folder)
+    name, budget = str(raw.get("name", folder.name)), _Budget(MAX_MEDIA)
     sections = [
         _failure(folder),
-        _samples(folder),
+        _samples(folder, budget),
+        _clips(folder, budget),
         _evaluation(folder),
         _curves(folder),
         _repeat(folder, raw),
-        _text("Recipe", _read(folder / "recipe.yaml"), "every key of this run, defaults included"),
+        _text("Recipe", text_of(folder / "recipe.yaml"), "every key of this run, defaults included"),
         _environment(folder),
     ]
     parts = {"title": html.escape(f"{name} · {folder.name}"), "head": _head(folder, raw, name)}
     parts["body"] = "\n".join(filter(None, sections))
     template = Path(__file__).with_name("page.html").read_text("utf-8")
-    page = re.sub("<!--(title|head|body)-->", lambda found: parts[found[1]], template)
-    path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
+    return re.sub("<!--(title|head|body)-->", lambda found: parts[found[1]], template)
 
 
-def _read(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """A file's text; nothing where there is no such file."""
     return path.read_text("utf-8", "replace") if path.is_file() else ""
 
 
-def _recipe(folder: Path) -> dict[str, Any]:
+def recipe_of(folder: Path) -> dict[str, Any]:
+    """The run's recipe as plain data; empty where it cannot be read."""
     try:
-        data = yamlio.parse(_read(folder / "recipe.yaml"), "recipe.yaml").data
+        data = yamlio.parse(text_of(folder / "recipe.yaml"), "recipe.yaml").data
     except BadInput:
         return {}
     return data if isinstance(data, dict) else {}
 
 
-def _json(path: Path) -> Any:
+def json_of(path: Path) -> Any:
+    """What a JSON file holds; None where it cannot be read."""
     try:
-        return json.loads(_read(path) or "null")
+        return json.loads(text_of(path) or "null")
     except ValueError:
         return None
 
 
-def _lines(folder: Path) -> list[dict[str, Any]]:
+def rows_of(folder: Path) -> list[dict[str, Any]]:
     """The whole lines of metrics.jsonl."""
     out = []
-    for line in _read(folder / "metrics.jsonl").splitlines():
+    for line in text_of(folder / "metrics.jsonl").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
@@ -74,8 +82,8 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def _head(folder: Path, raw: dict[str, Any], name: str) -> str:
-    curves, _ = series(_lines(folder))
-    environment = _json(folder / "environment.json") or {}
+    curves, _ = series(rows_of(folder))
+    environment = json_of(folder / "environment.json") or {}
     facts = {
         "steps": int(max(one.xs[-1] for one in curves)) if curves else None,
         "batch": raw.get("batch"),
@@ -84,7 +92,7 @@ def _head(folder: Path, raw: dict[str, Any], name: str) -> str:
         "limbeck": environment.get("limbeck") if isinstance(environment, dict) else None,
     }
     items = "".join(
-        f"<div><dt>{k}</dt><dd>{html.escape(_cell(v))}</dd></div>" for k, v in facts.items() if v is not None
+        f"<div><dt>{k}</dt><dd>{html.escape(cell(v))}</dd></div>" for k, v in facts.items() if v is not None
     )
     paper = f'<p class="paper">{html.escape(str(raw["paper"]))}</p>' if raw.get("paper") else ""
     about = html.escape(str(raw.get("about", "")))
@@ -105,7 +113,7 @@ def _text(title: str, text: str, note: str = "") -> str:
 
 def _failure(folder: Path) -> str:
     """What went wrong, from error.txt; absent when nothing did."""
-    text = _read(folder / "error.txt").strip()
+    text = text_of(folder / "error.txt").strip()
     if not text:
         return ""
     after = f"Once that is mended, go on from the last checkpoint: limbeck resume {folder}"
@@ -115,9 +123,8 @@ def _failure(folder: Path) -> str:
 # Pictures and clips
 
 
-def _samples(folder: Path) -> str:
+def _samples(folder: Path, budget: "_Budget") -> str:
     """The last sheet large, earlier ones in a row below (a table's sheets all large), within the page's budget."""
-    budget = _Budget(MAX_MEDIA)
     media = sorted((folder / "samples").glob("*")) if (folder / "samples").is_dir() else []
     media = [path for path in media if path.suffix.lower() in {".png", ".jpg", ".jpeg", *PLAYABLE}]
     sheets = [path for path in media if path.name.startswith("step-")]
@@ -129,6 +136,13 @@ def _samples(folder: Path) -> str:
     early = [_figure(path, budget, 720) for path in _spread(sheets[:-1], MAX_SHEETS - 1)]
     strip = f'<div class="strip">{"".join(early)}</div>' if any(early) else ""
     return _section("Samples", f'<div class="sheet">{big}</div>{strip}', "the same noise and prompts at every step")
+
+
+def _clips(folder: Path, budget: "_Budget") -> str:
+    """What moves among the exports: turntables, videos."""
+    found = [path for path in sorted((folder / "exports").rglob("*")) if path.suffix.lower() in PLAYABLE]
+    figures = "".join(_figure(path, budget, MAX_WIDTH) for path in found[:MAX_SHEETS])
+    return _section("Clips", f'<div class="strip">{figures}</div>') if figures else ""
 
 
 class _Budget:
@@ -225,7 +239,7 @@ def _rank(name: str) -> tuple[int, str]:
 
 
 def _curves(folder: Path) -> str:
-    found, starts = series(_lines(folder))
+    found, starts = series(rows_of(folder))
     if not found:
         return ""
     panels = [plot.panel(one, starts) for one in found]
@@ -238,15 +252,20 @@ def _curves(folder: Path) -> str:
 
 
 def _evaluation(folder: Path) -> str:
-    """One table a metric from eval.json: `{metric: [row, …]}` (or one list of rows)."""
-    data = _json(folder / "eval.json")
-    tables = {"": data} if isinstance(data, list) else data if isinstance(data, dict) else {}
-    parts = [_table(str(name), rows) for name, rows in tables.items() if isinstance(rows, list) and rows]
+    parts = [_table(name, rows) for name, rows in tables(folder).items()]
     return _section("Evaluation", "".join(parts)) if parts else ""
 
 
-def _table(name: str, rows: Sequence[Any]) -> str:
-    rows = [row for row in rows if isinstance(row, dict)]
+def tables(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each metric in eval.json, `{metric: [row, …]}` (or one list of rows)."""
+    data = json_of(folder / "eval.json")
+    named = {"": data} if isinstance(data, list) else data if isinstance(data, dict) else {}
+    lists = {str(name): rows for name, rows in named.items() if isinstance(rows, list)}
+    found = {name: [row for row in rows if isinstance(row, dict)] for name, rows in lists.items()}
+    return {name: rows for name, rows in found.items() if rows}
+
+
+def _table(name: str, rows: Sequence[dict[str, Any]]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     head = "".join(f"<th>{html.escape(str(column))}</th>" for column in columns)
     body = "".join("<tr>" + "".join(_td(row.get(column)) for column in columns) + "</tr>" for row in rows)
@@ -256,10 +275,11 @@ def _table(name: str, rows: Sequence[Any]) -> str:
 
 def _td(value: Any) -> str:
     style = ' class="num"' if isinstance(value, int | float) else ""
-    return f"<td{style}>{html.escape(_cell(value))}</td>"
+    return f"<td{style}>{html.escape(cell(value))}</td>"
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value as a table shows it."""
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -269,32 +289,35 @@ def _cell(value: Any) -> str:
 
 def _repeat(folder: Path, raw: dict[str, Any]) -> str:
     """The exact commands: the same run again, going on with it, and using it."""
-    environment = _json(folder / "environment.json") or {}
+    environment = json_of(folder / "environment.json") or {}
     given = environment.get("command") if isinstance(environment, dict) else None
     lines = [f"# as it was started\n{given}"] if isinstance(given, str) and given else []
     lines.append(
         f"# the same run again, from its resolved recipe (below)\nlimbeck run {folder}/recipe.yaml --name again"
     )
-    lines.append(f"# go on with it, measure it, sample from it\nlimbeck resume {folder}\nlimbeck eval {folder}")
-    prompts = raw.get("sample", {}).get("prompts") if isinstance(raw.get("sample"), dict) else None
-    prompt = json.dumps(str(prompts[0]) if prompts else "…", ensure_ascii=False)
-    text = "\n\n".join(lines) + f"\nlimbeck sample {folder} --prompt {prompt}"
+    lines.append(f"# go on with it, look at it\nlimbeck resume {folder}\nlimbeck view {folder}")
+    if raw.get("job") != "table":  # its rows have pages of their own
+        prompts = raw.get("sample", {}).get("prompts") if isinstance(raw.get("sample"), dict) else None
+        prompt = f" --prompt {json.dumps(str(prompts[0]), ensure_ascii=False)}" if prompts else ""
+        lines.append(f"# measure it, sample from it\nlimbeck eval {folder}\nlimbeck sample {folder}{prompt}")
+    text = "\n\n".join(lines)
     return _text(
         "Repeat it", text, "the same versions (see Environment) on the same kind of device give the same numbers"
     )
 
 
 def _environment(folder: Path) -> str:
-    data = _json(folder / "environment.json")
+    data = json_of(folder / "environment.json")
     if not isinstance(data, dict) or not data:
         return ""
-    rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in _flat(data))
+    rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in flat(data))
     return _section("Environment", f'<div class="wide"><table class="plain"><tbody>{rows}</tbody></table></div>')
 
 
-def _flat(data: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+def flat(data: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """Nested data as names and what a table shows."""
     for key, value in data.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{above}{key} · ")
+            yield from flat(value, f"{above}{key} · ")
         else:
-            yield f"{above}{key}", _cell(value) if not isinstance(value, list) else ", ".join(map(str, value))
+            yield f"{above}{key}", cell(value) if not isinstance(value, list) else ", ".join(map(str, value))

@@ -21,7 +21,9 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the be
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any key of the recipe: a.b=c.")
 ]
-Processes = Annotated[int, typer.Option(min=1, help="Start this many processes (through torchrun).")]
+Processes = Annotated[
+    int, typer.Option(min=1, help="Start this many processes (through torchrun); of several runs: so many at once.")
+]
 Programs = Annotated[
     list[str] | None,
     typer.Option("--reward-program", metavar="NAME=COMMAND", help="Your program behind the recipe's reward NAME."),
@@ -56,6 +58,11 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Where run folders go (runs/<recipe>).")] = None,
     name: Annotated[str | None, typer.Option(help="The run folder's name (the time).")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of all draws.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A run for each line's prompt; again: goes on with what is left."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Runs with so many seeds, counted up from --seed.")] = 1,
     device: Device = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print memory and time that it would take, and stop.")
@@ -74,7 +81,9 @@ def run(
             print("\n" + verbs.inputs_help(recipe))
         raise typer.Exit()
     outside = (list(reward_program or []), list(reward_address or []))
-    order = verbs.Order(recipe, extra, list(sets or []), out, name, seed, device, dry_run, processes, *outside)
+    order = verbs.Order(
+        recipe, extra, list(sets or []), out, name, seed, device, dry_run, processes, *outside, prompts, seeds
+    )
     raise typer.Exit(verbs.run(order, [parameter.opts[0] for parameter in context.command.params[1:]]))
 
 
@@ -169,11 +178,14 @@ def export(
 
 
 @app.command()
-def view(run: Run) -> None:
-    """Write a run's report, print its path, open it in a browser."""
+def view(
+    run: Run,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of this machine; 0 takes a free one.")] = 8766,
+) -> None:
+    """Show a run in a browser, also while it runs: turn assets, compare steps, see clips and numbers."""
     from limbeck import verbs
 
-    verbs.view(run)
+    verbs.view(run, port)
 
 
 @app.command()

@@ -31,22 +31,41 @@ class Order:
     processes: int = 1
     programs: Sequence[str] = ()
     addresses: Sequence[str] = ()
+    prompts: Path | None = None
+    seeds: int = 1
 
 
 def run(order: Order, flags: Sequence[str]) -> int:
     """Load, check and carry out a recipe; the exit status."""
-    inputs = parse_inputs(order, flags)
-    sets = order.sets + ([f"seed={order.seed}"] if order.seed is not None else [])
-    recipe = recipes.load(order.recipe, sets, inputs)
+    recipe = _ordered(order, flags)
     outside_of(recipe, order.programs, order.addresses)
-    folder = new_folder(recipe.name, order)
-    if order.processes > 1:
+    folder, again = new_folder(recipe, order)
+    if order.processes > 1 and recipe.job != "table":
         from limbeck.core.run import distributed
 
         return distributed.launch(_arguments(order, folder), order.processes)
     from limbeck.core.run import job
 
-    return job.run(recipe, folder, device=order.device, dry_run=order.dry_run)
+    at_once, dry_run = order.processes, order.dry_run
+    return job.run(recipe, folder, device=order.device, dry_run=dry_run, resume=again, at_once=at_once)
+
+
+def _ordered(order: Order, flags: Sequence[str]) -> recipes.Recipe:
+    """The recipe as the command line has it; a table of it where there are several prompts or seeds."""
+    from limbeck.core.run import batch
+
+    prompts = [] if order.prompts is None else batch.read_prompts(order.prompts)
+    inputs = parse_inputs(order, flags)
+    sets = order.sets + ([f"seed={order.seed}"] if order.seed is not None else [])
+    if not prompts and order.seeds == 1:
+        return recipes.load(order.recipe, sets, inputs)
+    whole = batch.table(order.recipe, sets, inputs, prompts, order.seeds)
+    if not order.dry_run:
+        return whole
+    from limbeck.core.run import table
+
+    print(f"each of {len(whole.rows)} runs:")
+    return table.recipe_of(whole, whole.rows[0])
 
 
 def outside_of(recipe: recipes.Recipe, programs: Sequence[str], addresses: Sequence[str]) -> None:
@@ -80,12 +99,15 @@ def _declared(data: Mapping[str, Any]) -> dict[str, Any]:
     return inputs if isinstance(inputs, dict) else {}
 
 
-def new_folder(name: str, order: Order) -> Path:
-    """DIR/NAME, by default runs/<recipe>/<time>; it must not hold anything yet."""
-    folder = (order.out or Path("runs") / name) / (order.name or time.strftime("%Y-%m-%d-%H%M%S"))
+def new_folder(recipe: recipes.Recipe, order: Order) -> tuple[Path, bool]:
+    """DIR/NAME, by default runs/<recipe>/<time>: empty yet, or (then True) with the very same table begun in it."""
+    folder = (order.out or Path("runs") / recipe.name) / (order.name or time.strftime("%Y-%m-%d-%H%M%S"))
+    there = folder / "recipe.yaml"
+    if recipe.job == "table" and there.is_file() and recipes.load(str(there)) == recipe:
+        return folder, True
     if "RANK" not in os.environ and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"{folder} is not empty; choose another --name, or `limbeck resume {folder}`")
-    return folder
+    return folder, False
 
 
 def _arguments(order: Order, folder: Path) -> list[str]:
@@ -256,7 +278,7 @@ def resume(
     run_data(folder)
     recipe = recipes.load(str(folder / "recipe.yaml"))
     outside_of(recipe, programs, addresses)
-    if processes > 1:
+    if processes > 1 and recipe.job != "table":
         from limbeck.core.run import distributed
 
         extra = ["--device", device] if device else []
@@ -264,12 +286,16 @@ def resume(
         return distributed.launch(["resume", str(folder), *extra], processes)
     from limbeck.core.run import job
 
-    return job.run(recipe, folder, device=device, resume=True)
+    return job.run(recipe, folder, device=device, resume=True, at_once=processes)
 
 
 def _opened(folder: Path, device: str | None) -> Any:
     run_data(folder)
-    recipes.load(str(folder / "recipe.yaml"))  # a broken one is refused before torch is imported
+    recipe = recipes.load(str(folder / "recipe.yaml"))  # a broken one is refused before torch is imported
+    if recipe.job == "table":
+        raise BadInput(
+            f"{clean(folder)} holds several runs; name one of them, such as {folder}/rows/{recipe.rows[0].label}"
+        )
     from limbeck.core.run import job
 
     return job.open_run(folder, device)
@@ -356,19 +382,20 @@ def _print_paths(paths: Iterable[Path]) -> None:
         print(path)
 
 
-def view(folder: Path) -> None:
-    """Write the report, print its path, and open it where there is a screen."""
+def view(folder: Path, port: int) -> None:
+    """Serve a run's page until a signal comes; print its address, and open it where there is a screen."""
     run_data(folder)
-    from limbeck.core.run import report
+    from limbeck.core.run.view import Server
 
-    path = report.write(folder)
-    print(path)
-    if sys.stdout.isatty() and (
-        sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    ):
-        import webbrowser
+    with Server(folder, port) as server:
+        print(f"{server.address} shows {clean(folder)}; Ctrl-C ends it", flush=True)
+        if sys.stdout.isatty() and (
+            sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+        ):
+            import webbrowser
 
-        webbrowser.open(path.resolve().as_uri())
+            webbrowser.open(server.address)
+        server.serve_forever()
 
 
 def build_asset(name: str) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -161,14 +160,14 @@ print(checkpoint.latest(root).manifest.step, sorted(path.name for path in root.i
 """
 
 
-def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_clear_line(tmp_path: Path, python) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
     if os.geteuid() or not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a small disk cannot be mounted here")
     try:
-        done = subprocess.run([sys.executable, "-c", FULL, str(disk / "c")], capture_output=True, text=True, check=True)
+        done = python.run(["-c", FULL, disk / "c"], check=True)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
     error, after = done.stdout.splitlines()
@@ -176,8 +175,26 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
     assert after == "1 ['main-00000001']"
 
 
-def test_a_file_too_large_is_one_clear_line(tmp_path: Path) -> None:
+def test_a_file_too_large_is_one_clear_line(tmp_path: Path, python) -> None:
     code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5))\n" + FULL
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "c")], capture_output=True, text=True, check=True)
+    done = python.run(["-c", code, tmp_path / "c"], check=True)
     error, after = done.stdout.splitlines()
     assert "File too large" in error and "older ones are intact" in error and after == "1 ['main-00000001']"
+
+
+@pytest.mark.parametrize("part", [MANIFEST, STATE])
+def test_a_checkpoint_that_the_run_drops_meanwhile_is_no_damage(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on replaces its newest checkpoint while it is opened: the newer one is found, without a word."""
+    name = {MANIFEST: "read_manifest", STATE: "_verify"}[part]
+    plain, lines = getattr(checkpoint, name), list[str]()
+    save(tmp_path, 1, keep=1)
+
+    def late(folder: Path, *rest):
+        monkeypatch.setattr(checkpoint, name, plain)
+        save(tmp_path, 2, keep=1)
+        return plain(folder, *rest)
+
+    monkeypatch.setattr(checkpoint, name, late)
+    assert checkpoint.latest(tmp_path, lines.append).manifest.step == 2 and lines == []

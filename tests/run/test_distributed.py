@@ -13,8 +13,6 @@ import torch
 from limbeck.core.run import checkpoint, distributed
 from limbeck.core.run.errors import BadInput
 
-torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
@@ -36,12 +34,10 @@ def difference(a: Path, b: Path, part: str = "/") -> float:
 
 
 @pytest.mark.parametrize("mode", ["parallel", "shard"])
-def test_two_processes_give_one_process_s_gradient_and_run(one, tmp_path: Path, child_env, mode: str) -> None:
+def test_two_processes_give_one_process_s_gradient_and_run(one, tmp_path: Path, child_env, python, mode: str) -> None:
     recipe, alone = one
     script = Path(__file__).parent / "tinyrun" / "together.py"
-    command = [*torchrun, f"--master-port={distributed.free_port()}", str(script), str(recipe), str(tmp_path), mode]
-    done = subprocess.run(command, env=child_env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    python.team([script, recipe, tmp_path, mode], env=child_env)
     start = checkpoint.load(tmp_path / "step" / "main-00000000").tensors
     assert all(torch.equal(t, start[k]) for k, t in checkpoint.load(alone / "step" / "main-00000000").tensors.items())
     moved = max(
@@ -71,11 +67,10 @@ def test_without_averaging_two_processes_would_differ(one, tmp_path: Path, monke
 
 
 def test_launch_runs_n_processes_and_forwards_a_signal(recipe_file: Path, tmp_path: Path, child_env) -> None:
-    code = "import sys; from limbeck.core.run.distributed import launch; sys.exit(launch(sys.argv[1:], 2))"
-    slow = ["--set", "stages.0.losses.0.pause=0.02", "--set", "steps=2000", "--device", "cpu"]
+    slow = ["--set", "stages.0.losses.0.pause=0.02", "--set", "steps=2000", "--device", "cpu", "--processes", "2"]
     arguments = ["run", str(recipe_file), *slow, "--out", str(tmp_path), "--name", "r"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    run = subprocess.Popen([sys.executable, "-c", code, *arguments], env=child_env, **pipes)
+    run = subprocess.Popen([sys.executable, "-m", "limbeck", *arguments], env=child_env, **pipes)
     while not (tmp_path / "r" / "metrics.jsonl").exists() and run.poll() is None:
         time.sleep(0.1)
     assert '"processes": 2' in (tmp_path / "r" / "environment.json").read_text()
@@ -102,15 +97,14 @@ def test_impossible_teams_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_a_method_with_a_critic_and_a_head_on_its_features_runs_sharded(tmp_path: Path, child_env) -> None:
+def test_a_method_with_a_critic_and_a_head_on_its_features_runs_sharded(tmp_path: Path, python) -> None:
     """The head reads features from inside the critic: its backward must find the whole weights."""
     short = ["steps=8", "checkpoint.every=8", "batch=32", "stages.0.losses.0.critic.warm=1", "log.every=4"]
     for name, processes, shard in (("one", 1, "false"), ("parallel", 2, "false"), ("sharded", 2, "true")):
         flags = [part for item in (*short, f"distributed.shard={shard}") for part in ("--set", item)]
-        command = [sys.executable, "-m", "limbeck", "run", "toy/ring4", *flags, "--processes", str(processes)]
-        command += ["--device", "cpu", "--out", str(tmp_path), "--name", name]
-        done = subprocess.run(command, env=child_env, capture_output=True, text=True, timeout=100)
-        assert done.returncode == 0 and (tmp_path / name / "eval.json").exists(), done.stderr[-2000:]
+        order = ["-m", "limbeck", "run", "toy/ring4", *flags, "--device", "cpu", "--out", tmp_path, "--name", name]
+        python.team(order, processes)
+        assert (tmp_path / name / "eval.json").exists()
     for name in ("parallel", "sharded"):
         gap = difference(tmp_path / "one" / "checkpoints", tmp_path / name / "checkpoints", "/param/")
         print(f"{name}: {gap:.1e}")

@@ -5,14 +5,16 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
 TINY = ["--set", "steps=4", "--set", "batch=8", "--set", "sample.every=4", "--set", "log.every=1", "--device", "cpu"]
+Verb = Callable[..., subprocess.CompletedProcess[str]]
 BUILD = ("build", "*.egg-info", "__pycache__")
 
 
@@ -25,12 +27,23 @@ def install(target: Path, *sources: Path) -> Path:
     return target / "site"
 
 
-def limbeck(site: Path, *arguments: object, cwd: Path, before: str = "") -> subprocess.CompletedProcess[str]:
-    """A verb in a process that sees the installed plugins."""
+def fresh(site: Path, *arguments: object, cwd: Path, before: str = "") -> subprocess.CompletedProcess[str]:
+    """A verb in an interpreter of its own that sees the installed plugins: what is imported is seen."""
     environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
     code = f"import sys\n{before}\nfrom limbeck.cli import main\nmain(sys.argv[1:])"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=cwd, env=environment)
+
+
+@pytest.fixture
+def limbeck(python: Any) -> Verb:
+    """`limbeck(site, verb, …)`: a verb in a process that sees the installed plugins."""
+
+    def run(site: Path, *arguments: object, cwd: Path, before: str = "") -> subprocess.CompletedProcess[str]:
+        code = f"import sys\n{before}\nfrom limbeck.cli import main\nmain(sys.argv[1:])"
+        return python.run(["-c", code, *arguments], env={**os.environ, "PYTHONPATH": str(site)}, cwd=cwd)
+
+    return run
 
 
 def good(done: subprocess.CompletedProcess[str]) -> str:
@@ -51,7 +64,7 @@ def test_the_example_is_short() -> None:
 
 def test_both_are_listed_and_nothing_is_imported(site: Path, tmp_path: Path) -> None:
     watch = "import atexit; atexit.register(lambda: print('torch' in sys.modules, 'limbeck_points' in sys.modules))"
-    out = good(limbeck(site, "plugins", cwd=tmp_path, before=watch))
+    out = good(fresh(site, "plugins", cwd=tmp_path, before=watch))
     for word in ("operator example.soft-sds", "reward example.radius", "recipe example/soft", "recipe points/demo"):
         assert word in out
     for kind in ("data", "teacher", "student", "space", "metric", "exporter", "check"):
@@ -59,7 +72,7 @@ def test_both_are_listed_and_nothing_is_imported(site: Path, tmp_path: Path) -> 
     assert "problem" not in out and out.splitlines()[-1] == "False False"
 
 
-def test_the_example_runs(site: Path, tmp_path: Path) -> None:
+def test_the_example_runs(site: Path, tmp_path: Path, limbeck: Verb) -> None:
     out = tmp_path / "runs"
     tiny = ["--set", "eval.0.count=50", "--set", "space.count=20", "--set", "eval.1.count=64", *TINY]
     good(limbeck(site, "run", "example/soft", "--out", out, "--name", "a", *tiny, cwd=tmp_path))
@@ -71,7 +84,7 @@ def test_the_example_runs(site: Path, tmp_path: Path) -> None:
     assert rows[0]["mean"] != rows[1]["mean"]
 
 
-def test_a_whole_domain_works(site: Path, tmp_path: Path) -> None:
+def test_a_whole_domain_works(site: Path, tmp_path: Path, limbeck: Verb) -> None:
     """A third of the demo, then every verb of a run, in one process."""
     folder = tmp_path / "runs" / "a"
     on = ["--device", "cpu"]
@@ -104,7 +117,7 @@ def test_a_whole_domain_works(site: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["example/soft", "points/demo"])
-def test_a_plugins_recipe_resumes_bit_for_bit(recipe: str, site: Path, tmp_path: Path) -> None:
+def test_a_plugins_recipe_resumes_bit_for_bit(recipe: str, site: Path, tmp_path: Path, limbeck: Verb) -> None:
     from limbeck.core.run import checkpoint
 
     whole, halves = tmp_path / "whole", tmp_path / "halves"
@@ -169,7 +182,7 @@ def bad_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_bad_plugins_are_reported(bad_site: Path, tmp_path: Path) -> None:
+def test_bad_plugins_are_reported(bad_site: Path, tmp_path: Path, limbeck: Verb) -> None:
     out = good(limbeck(bad_site, "plugins", cwd=tmp_path))
     for words in (
         'clash: teacher "toy.ring4" is already provided by limbeck', "yaml: ", "tag: ", "shape: ", "target: ", "kind: ",
@@ -186,7 +199,7 @@ def test_bad_plugins_are_reported(bad_site: Path, tmp_path: Path) -> None:
      ["doctor"], ["run", "toy/ring4", "--dry-run", *TINY]],
     ids=lambda arguments: " ".join(arguments[:2]),
 )  # fmt: skip
-def test_bad_plugins_harm_no_other_verb(bad_site: Path, tmp_path: Path, arguments: list[str]) -> None:
+def test_bad_plugins_harm_no_other_verb(bad_site: Path, tmp_path: Path, limbeck: Verb, arguments: list[str]) -> None:
     done = limbeck(bad_site, *arguments, cwd=tmp_path)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     if arguments[0] == "show":
@@ -200,7 +213,7 @@ def test_a_package_with_damaged_metadata_is_named(tmp_path: Path) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: damaged\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[limbeck.plugins]\nno equals sign\n")
     for verb, status in {"--help": 0, "list": 0, "plugins": 0, "doctor": 1}.items():
-        done = limbeck(tmp_path, verb, cwd=tmp_path)
+        done = fresh(tmp_path, verb, cwd=tmp_path)
         assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
         assert "problem: damaged: its metadata cannot be read" in done.stdout or verb in ("--help", "list")
 
@@ -217,19 +230,20 @@ def test_a_package_with_damaged_metadata_is_named(tmp_path: Path) -> None:
         ("loose", "extra='forbid'"),
     ],
 )
-def test_using_a_bad_plugin_is_one_clear_line(bad_site: Path, tmp_path: Path, entry: str, words: str) -> None:
+def test_using_a_bad_plugin_is_one_clear_line(
+    bad_site: Path, tmp_path: Path, limbeck: Verb, entry: str, words: str
+) -> None:
     quick = "import limbeck.core.run.registry as r; r.IMPORT_SECONDS = 1.0"
     done = limbeck(bad_site, "show", f"{entry}/r", cwd=tmp_path, before=quick)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_new_plugin_writes_a_package_whose_test_passes(tmp_path: Path) -> None:
+def test_new_plugin_writes_a_package_whose_test_passes(tmp_path: Path, limbeck: Verb, python: Any) -> None:
     good(limbeck(tmp_path, "new-plugin", "tiny-thing", "--out", tmp_path, cwd=tmp_path))
     root = tmp_path / "limbeck-tiny-thing"
     site = install(tmp_path / "installed", root)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(root)]
-    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=root, env=environment)
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", root]
+    done = python.run(words, cwd=root, env={**os.environ, "PYTHONPATH": str(site)})
     assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout + done.stderr
     again = limbeck(site, "new-plugin", "tiny-thing", "--out", tmp_path / "else", cwd=tmp_path)
     assert again.returncode == 2 and "installed already" in again.stderr

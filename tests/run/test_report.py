@@ -70,7 +70,7 @@ def test_nothing_is_loaded_from_elsewhere(folder: Path) -> None:
 
 
 def test_curves_join_stages_and_skip_what_is_no_number(folder: Path) -> None:
-    found, starts = report.series(report._lines(folder))
+    found, starts = report.series(report.rows_of(folder))
     names = [one.name for one in found]
     assert names[0] == "loss/student" and "bad" not in names and "time" not in names and "text" not in names
     assert starts == [60.0] and found[0].xs[-1] == 64.0 and found[0].xs == sorted(found[0].xs)

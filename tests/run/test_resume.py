@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -173,23 +171,18 @@ def test_ten_and_ten_are_twenty_for_every_method_of_the_toy(tmp_path: Path, kind
     assert rows(whole) == rows(halves)
 
 
-def test_sigterm_to_a_process_gives_143_and_resume_ends_the_run(recipe_file: Path, tmp_path: Path, child_env) -> None:
-    limbeck = [sys.executable, "-m", "limbeck"]
+def test_sigterm_to_a_process_gives_143_and_resume_ends_the_run(
+    recipe_file: Path, tmp_path: Path, child_env, python
+) -> None:
     slow = ["--set", "stages.0.losses.0.pause=0.05", "--set", "steps=60", "--device", "cpu"]
-    run = subprocess.Popen(
-        [*limbeck, "run", str(recipe_file), *slow, "--out", str(tmp_path), "--name", "r"],
-        env=child_env, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    run = python.start(["-m", "limbeck", "run", recipe_file, *slow, "--out", tmp_path, "--name", "r"], env=child_env)
     while not (tmp_path / "r" / "metrics.jsonl").exists() and run.poll() is None:
         time.sleep(0.05)
     run.send_signal(signal.SIGTERM)
-    said, _ = run.communicate(timeout=60)
-    assert run.returncode == 143 and "limbeck resume" in said
+    done = run.ended(timeout=60)
+    assert done.returncode == 143 and "limbeck resume" in done.stdout
     step = checkpoint.latest(tmp_path / "r" / "checkpoints").manifest.step
     assert 0 < step < 60
-    done = subprocess.run(
-        [*limbeck, "resume", str(tmp_path / "r"), "--device", "cpu"], env=child_env, text=True, capture_output=True
-    )
-    assert done.returncode == 0, done.stderr
+    python.run(["-m", "limbeck", "resume", tmp_path / "r", "--device", "cpu"], env=child_env, check=True)
     assert checkpoint.latest(tmp_path / "r" / "checkpoints").manifest.step == 60
     assert [row["step"] for row in rows(tmp_path / "r")] == list(range(3, 61, 3))

@@ -1,8 +1,5 @@
 """Randomness is a function of (seed, stream, step) and of nothing else."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -18,10 +15,9 @@ def test_streams_steps_and_seeds_differ_and_repeat() -> None:
     assert torch.equal(draws[0, "a", 0], torch.randn(8, generator=generator(0, "a", 0)))
 
 
-def test_the_hash_is_the_same_in_another_process() -> None:
+def test_the_hash_is_the_same_in_another_process(python) -> None:
     code = "from limbeck.core.run.rng import derive; print(derive(7, 'x', 3))"
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=None)
-    assert int(other.stdout) == derive(7, "x", 3)
+    assert int(python.run(["-c", code], check=True).stdout) == derive(7, "x", 3)
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -66,7 +66,7 @@ def test_resume_does_only_what_is_missing(two: recipes.Recipe, tmp_path: Path) -
 
 def test_a_stopped_row_stops_the_table_with_its_status(two: recipes.Recipe, tmp_path: Path) -> None:
     with pytest.raises(Stopped) as stopped:
-        table.carry_out(two, tmp_path, lambda *args, **kwargs: 143)
+        table.carry_out(two, tmp_path, lambda *args, **kwargs: 143, print)
     assert stopped.value.code == 143
 
 

@@ -1,7 +1,5 @@
 """Tuning with rewards on two processes is tuning on one: walks draw for the whole batch."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,15 +21,13 @@ def test_the_rows_of_two_processes_are_those_of_one() -> None:
 
 
 @pytest.mark.slow
-def test_words_tuned_by_two_processes_end_as_by_one(tmp_path: Path, child_env) -> None:
+def test_words_tuned_by_two_processes_end_as_by_one(tmp_path: Path, python) -> None:
     ends = []
     for name, processes in (("one", 1), ("two", 2)):
         flags = ["steps=2", "batch=8", "checkpoint.every=2", "eval=[]", "stages.0.losses.0.walk.steps=4"]
         sets = [part for flag in flags for part in ("--set", flag)]
-        command = [sys.executable, "-m", "limbeck", "run", "toy/words", "--processes", str(processes)]
-        command += ["--device", "cpu", "--out", str(tmp_path), "--name", name, *sets]
-        done = subprocess.run(command, env=child_env, capture_output=True, text=True, timeout=100)
-        assert done.returncode == 0, done.stderr[-2000:]
+        order = ["-m", "limbeck", "run", "toy/words", "--device", "cpu", "--out", tmp_path, "--name", name, *sets]
+        python.team(order, processes)
         ends.append(checkpoint.latest(tmp_path / name / "checkpoints").tensors)
     gaps = [float((ends[0][k] - ends[1][k]).abs().max()) for k in ends[0] if "/param/" in k]
     assert max(gaps) < 1e-6

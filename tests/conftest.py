@@ -1,0 +1,17 @@
+"""Shared by all tests: processes that start quickly."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).with_name("tools")))
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`python.run(["-m", "limbeck", …])`: see tests/tools/forked.py."""
+    from forked import Python
+
+    return Python(tmp_path_factory.mktemp("python"))
