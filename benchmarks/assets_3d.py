@@ -3,9 +3,9 @@
     python benchmarks/assets_3d.py threed/sds-nerf --objects 24 --out runs/assets [--set a.b=c]
     python benchmarks/assets_3d.py threed/paint --objects 6 --set student.of=runs/threed/sds-nerf/{object}
 
-`{object}` in a setting is the object's name with dashes. A line an object: PSNR before the first step, then PSNR and SSIM against the true views, silhouettes, the teacher's own answer in one step, a white
-picture, whether the views resemble their own object most, and seconds. Held out are cameras, not objects: the teacher
-has seen every object.
+`{object}` in a setting is the object's name with dashes. A line an object: PSNR before the first step, then PSNR and
+SSIM against the true views, silhouettes, the teacher's own answer in one step, a white picture, whether the views
+resemble their own object most, and seconds. Held out are cameras, not objects: the teacher has seen every object.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def summary(rows: list[Row]) -> Row:
     """Over all objects; the bars of the recipe's promise."""
     values = [float(one["PSNR"]) for one in rows]
     return {
-        "objects": len(rows), "mean before": statistics.mean(float(one["before"]) for one in rows), "mean PSNR": statistics.mean(values), "least": min(values),
+        "objects": len(rows), "mean before": statistics.mean(float(one["before"]) for one in rows),
+        "mean PSNR": statistics.mean(values), "least": min(values),
         "at least 20 dB": sum(value >= 20 for value in values),
         "5 dB over white": sum(float(one["PSNR"]) >= float(one["white"]) + 5 for one in rows),
         "above one step": sum(float(one["PSNR"]) > float(one["one step"]) for one in rows),

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from limbeck.core.diffusion.config import Edm, ProcessConfig, TimeLaw, Uniform
 from limbeck.core.run.config import Average, Betas, Decay, Norm, OptimConfig, OptimKind
+from limbeck.core.run.recipe import Student
 from limbeck.core.scheduled import Scheduled, within
 
 Positive = Annotated[float, Field(gt=0)]
@@ -28,15 +29,20 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Denoising(Config):
+class Compared(Config):
+    """How an answer is compared with what it should be."""
+
+    space: Space | None = None  # what is compared; null: what the net predicts natively
+    weighting: Weighting = "one"
+    sigma_data: Positive = 0.5  # only for weighting: edm
+
+
+class Denoising(Compared):
     """Plain denoising regression of the student (or of the teacher, in a recipe without a student)."""
 
     optim: OptimConfig = OptimConfig()
     time: TimeLaw = FULL
     t_group: Count = 1  # neighbours of a batch that share one t (the views of a scene, the frames of a clip)
-    space: Space | None = None  # what is compared; null: what the net predicts natively
-    weighting: Weighting = "one"
-    sigma_data: Positive = 0.5  # only for weighting: edm
     dropout: ScheduledShare = 0.1  # share of conditions replaced by the null condition
     whole_batch: bool = False  # drop the condition of the whole batch or of none
 
@@ -194,6 +200,121 @@ class Score(Config):
     shift_random: bool = True  # u uniform in (0, 1), or 1
     critic: CriticConfig | None = None  # null: the default critic, where the operator reads one
     reduction: Reduction = "sum"
+
+
+class Refine(Config):
+    """Image to image: the student's sample moves to what the teacher makes of it (DreamGaussian's second stage)."""
+
+    optim: OptimConfig = OptimConfig(lr=1e-3)
+    time: TimeLaw = Uniform(lo=0.05, hi=0.2)  # how noisy the sample is made; the paper starts 10 to 3 steps of 50 up
+    t_group: Count = 1  # neighbours of a batch that share one t (the views of a scene, the frames of a clip)
+    steps: Count = 5  # back down
+    guidance: Scheduled = 7.5
+
+
+class FewStepStudent(Config):
+    """A few-step generator that starts as the teacher itself: a full copy."""
+
+    times: list[Annotated[float, Field(gt=0, le=1)]] = Field([1.0], min_length=1, max_length=64)  # falling
+
+
+class ManyStepStudent(Config):
+    """The teacher with its sampler of many steps, to be tuned: a full copy, or LoRA on the frozen teacher."""
+
+    steps: Count = 30
+    guidance: Annotated[float, Field(ge=0)] = 3.0
+    shift: Positive | None = None  # s of times s u/(1 + (s - 1) u), u uniform; null: the model's own grid
+    lora: Count | None = None  # its rank; null: a full copy
+    targets: list[str] = []  # ends of the names of the layers that LoRA patches; none named: every one that it can
+
+
+class ConsistencyStudent(Config):
+    """A few-step student with the boundary condition of consistency models."""
+
+    of: Student
+    scaling: Positive = 1e4  # of t in c_skip and c_out; LCM's 10 an index of 1000, MCM's 4 is 4e3
+    sigma_data: Positive = 0.5
+
+
+class Consistency(Config):
+    """Consistency distillation and LCM; the guidance scale is eps_u + g (eps_c - eps_u), LCM's w + 1."""
+
+    optim: OptimConfig = OptimConfig(lr=1e-5)
+    intervals: Count = 50  # of the grid; a step of the teacher skips one (LCM: 20 of 1000 indices)
+    solver: Literal["ddim", "heun"] = "ddim"
+    guidance: Scheduled = 8.0
+    guidance_to: Scheduled | None = None  # each sample's scale is drawn between the two, and the student is told it
+    huber: ScheduledPositive | None = 1e-3  # c of the pseudo-Huber distance; null: the mean square
+    target: Average | None = 0.95  # EMA that says the target; null: the student itself (LCM-LoRA)
+
+
+class StageOptim(OptimConfig):
+    kind: OptimKind = "adam"
+    lr: Scheduled = 5e-5
+    decay: Literal["constant", "cosine", "linear"] = "linear"
+
+
+class Progressive(Compared):
+    """Progressive distillation: a stage that halves the number of steps of the student it starts from."""
+
+    optim: StageOptim = StageOptim()
+    steps: Count = 1  # of the student at the end of the stage
+    guidance: Scheduled = 1.0  # of the student it starts from: for the first stage alone
+    space: Space | None = "x0"
+    weighting: Weighting = "snr_trunc"
+
+
+class Pairing(Config):
+    """How the teacher leads noise to its end: DDIM without noise on its own grid."""
+
+    steps: Count = 25
+    guidance: Scheduled = 3.0
+
+
+class Reflow(Compared):
+    """Rectified flow again, on pairs of noise and the end to which the teacher's ODE leads it."""
+
+    optim: OptimConfig = OptimConfig(lr=1e-5)
+    time: TimeLaw = FULL
+    walk: Pairing = Pairing()
+    pairs: Count | None = None  # so many (whole batches) are made once and used again; null: fresh ones at each step
+    space: Space | None = "flow"
+
+
+class TrajectorySet(Config):
+    """Stored walks of the guided teacher. Two losses that agree in all of this share the set."""
+
+    count: Count = 1024  # walks
+    each: Count = 10  # steps of the teacher between two of the student's times
+    guidance: Annotated[float, Field(ge=0)] = 3.0
+    folder: Annotated[str, Field(min_length=1, max_length=4096)] | None = None  # null: in the run's own folder
+
+
+class Trajectories(Config):
+    """Makes the set, a batch a step."""
+
+    set: TrajectorySet = TrajectorySet()
+
+
+class HeadOptim(OptimConfig):
+    lr: Scheduled = 1e-4
+
+
+class KeyAdversaryConfig(Config):
+    """A head on features of the frozen teacher for each of the student's times; hinge losses."""
+
+    weight: Scheduled = 0.1  # of -D(landed) in the student's loss
+    width: Count = 256
+    optim: HeadOptim = HeadOptim()
+
+
+class Trajectory(Compared):
+    """AccVideo: the student's steps are the secants of stored walks between its times."""
+
+    set: TrajectorySet = TrajectorySet()
+    optim: OptimConfig = OptimConfig(lr=1e-5)
+    adversary: KeyAdversaryConfig | None = KeyAdversaryConfig()
+    space: Space | None = "flow"
 
 
 class Ring4Teacher(Config):

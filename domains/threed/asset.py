@@ -16,7 +16,7 @@ from limbeck.domains.threed import bake, glb, objfile, surface, turntable
 from limbeck.domains.threed.bake import Textured
 from limbeck.domains.threed.cameras import ring
 from limbeck.domains.threed.config import Files
-from limbeck.domains.threed.scene import Scene
+from limbeck.domains.threed.scene import Meshed, Scene
 
 MESHES = {"glb": ".glb", "obj": ".obj", "ply": ".ply", "usdz": ".usdz"}
 SPLATS = {"splat-ply": ".ply", "splat": ".splat"}
@@ -29,13 +29,16 @@ TURNS = {"y": np.array([[0.0, 1, 0], [0, 0, 1], [1, 0, 0]]), "z": np.array([[0.0
 
 @dataclass(frozen=True)
 class Made:
-    """A mesh with its texture in scene units and axes, and what is known of it."""
+    """A mesh with its texture in a scene's axes, and what is known of it; a user's own mesh `stays` where it is."""
 
     asset: Textured
     facts: dict[str, Any]
+    stays: bool = False
 
     def standing(self, height: float, up: str) -> Textured:
-        """On its base at the origin, `height` metres tall, `up` upwards."""
+        """On its base at the origin, `height` metres tall, `up` upwards; what stays is only turned."""
+        if self.stays:
+            return self.asset.moved(TURNS[up], 1.0, np.zeros(3))
         low, high = self.asset.mesh.bounds
         scale, turn = height / max(float(high[2] - low[2]), 1e-12), TURNS[up]
         base = np.array([(low[0] + high[0]) / 2, (low[1] + high[1]) / 2, low[2]])
@@ -43,7 +46,9 @@ class Made:
 
 
 def make(scene: Scene, options: Files) -> Made:
-    """Surface and texture of a scene, with the seconds that both took."""
+    """Surface and texture of a scene, with the seconds that both took; a scene that is a mesh gives its own."""
+    if isinstance(scene, Meshed):
+        return scene.asset(options)  # type: ignore[no-any-return]
     start = time.perf_counter()
     mesh, facts = surface.extract(scene, options)
     middle = time.perf_counter()
@@ -90,7 +95,7 @@ def write_mesh(scene: Scene, path: Path, format: str, options: Files) -> Written
         "usdz": lambda: [objfile.write_usdz(asset, path)],
     }
     bounds = asset.mesh.bounds.round(6).tolist()
-    return writers[format](), {**made.facts, "texture": options.texture, "up": up, "unit": "metre", "bounds": bounds}
+    return writers[format](), {**made.facts, "texture": len(asset.image), "up": up, "unit": "metre", "bounds": bounds}
 
 
 def write_splats(scene: Scene, path: Path, format: str, options: Files) -> Written:

@@ -6,7 +6,7 @@ from pydantic import AfterValidator, Field
 
 from limbeck.core.diffusion.config import ProcessConfig, Vp
 from limbeck.core.run.config import OptimConfig
-from limbeck.core.run.recipe import Strict
+from limbeck.core.run.recipe import Strict, Student, Teacher
 from limbeck.core.scheduled import Scheduled, within
 
 LINEAR = Vp.model_validate({})
@@ -166,6 +166,46 @@ class Gaussians(Strict):
     particles: Count = 1
 
 
+class Mesh(Strict):
+    """A mesh whose texture is learned; its geometry is given."""
+
+    of: str = "ball"  # a GLB, OBJ or PLY file, the folder of a run (its asset is taken), or the built-in ball
+    up: Literal["y", "z"] = "y"  # the axis that points upwards in a file
+    texture: Annotated[int, Field(ge=16, le=4096)] = 128  # texels along a side: more than the views can show stay grey
+    start: Literal["grey", "own"] = "grey"  # of the texture: middle grey, or what the mesh brings
+    samples: Annotated[int, Field(ge=1, le=8)] = 2  # along a side of a pixel
+    offsets: bool = False  # vertices may move too: see the term `laplacian` of threed.regular
+    faces: Count = 4000  # at most, of a run's asset
+
+
+class Latent(Strict):
+    """Scenes in the teacher's latent channels (Latent-NeRF)."""
+
+    of: Student  # threed.nerf or threed.gaussians
+    rgb: Annotated[int, Field(ge=0)] | None = None  # the step from which colours are refined; null: latents to the end
+
+
+class Patches(Strict):
+    """A teacher of pixels behind a linear codec, as a teacher of latents."""
+
+    of: Teacher
+    side: Annotated[int, Field(ge=2, le=16)] = 2  # pixels of a patch
+    channels: Annotated[int, Field(ge=4, le=12)] = 4
+
+
+class Sketch(Strict):
+    """A coarse mesh that the scene keeps to."""
+
+    guide: str = "ball"  # a GLB, OBJ or PLY file, the folder of a run, or the built-in ball
+    up: Literal["y", "z"] = "y"  # the axis that points upwards in a file
+    size: Positive = 0.7  # of the guide, in the scene's ball
+    weight: Scheduled = 1.0
+    sigma: Annotated[float, Field(ge=0)] = 0.3  # scene units around the guide's surface where it counts less; 0: none
+    length: Positive = 0.2  # scene units along which density becomes occupancy
+    points: Count = 2048  # a step
+    optim: OptimConfig = OptimConfig(lr=1e-3)  # that of the other losses on the student
+
+
 class DensityControl(Strict):
     """Where splats are added and taken away, by the gradient of the other losses on their places in the picture."""
 
@@ -192,6 +232,7 @@ class Regular(Strict):
     smooth_image: Scheduled = 0.0
     smooth_depth: Scheduled = 0.0
     size: Scheduled = 0.0  # of splats
+    laplacian: Scheduled = 0.0  # bending of a mesh that moves (student.offsets)
 
 
 class Assets(Strict):

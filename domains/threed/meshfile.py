@@ -1,8 +1,9 @@
-"""A user's own mesh, read from GLB or OBJ by trimesh: one mesh with uv in a scene's axes, or one clear line."""
+"""A user's own mesh, read from GLB, OBJ or PLY by trimesh: one mesh with uv in a scene's axes, or one clear line."""
 
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from limbeck.domains.threed.bake import Textured, unwrap
 from limbeck.domains.threed.shape import Mesh, load
 
 FACES = 1_000_000  # that can be painted here
-KINDS = (".glb", ".obj")
+KINDS = (".glb", ".obj", ".ply")
 SLACK = 1e-4  # beyond the unit square that rounding explains
 
 
@@ -26,7 +27,7 @@ def read(path: Path, note: Callable[[str], None], up: str = "y", size: int = 102
     `up` is the axis that points upwards in the file. Raises BadInput for what cannot be read or painted.
     """
     if path.suffix.lower() not in KINDS:
-        raise BadInput(f"{path.name}: meshes are read from {' and '.join(KINDS)}; save it as one of them")
+        raise BadInput(f"{path.name}: meshes are read from {', '.join(KINDS)}; save it as one of them")
     if not path.is_file():
         raise BadInput(f"{path}: there is no such file")
     count = counted(path)
@@ -82,6 +83,10 @@ def counted(path: Path) -> int:
                 total += (last + block).count(b"\nf ")
                 last = block[-2:]
         return total
+    if path.suffix.lower() == ".ply":
+        with path.open("rb") as file:
+            found = re.search(rb"^element face (\d+)\s*$", file.read(2**16).partition(b"end_header")[0], re.MULTILINE)
+        return int(found[1]) if found else 0
     head = header(path)
     try:
         named = [p["indices"] for m in head.get("meshes", []) for p in m["primitives"] if "indices" in p]

@@ -96,6 +96,13 @@ def _size(aux: Aux, scene: Any) -> Tensor:
     return mean
 
 
+def _laplacian(aux: Aux, scene: Any) -> Tensor:
+    if not hasattr(scene, "laplacian"):
+        raise BadInput("losses: laplacian is for meshes; this scene has none")
+    found: Tensor = scene.laplacian()
+    return found
+
+
 def _read(aux: Aux, *names: str) -> list[Tensor]:
     if missing := [name for name in names if name not in aux]:
         remedy = "set student.oriented: true" if missing == ["facing"] else "it needs a scene that samples rays"
@@ -113,6 +120,7 @@ TERMS: dict[str, Term] = {
     "smooth_image": lambda aux, scene: picture_variation(aux["image"]),
     "smooth_depth": lambda aux, scene: picture_variation(aux["depth"]),
     "size": _size,
+    "laplacian": _laplacian,
 }
 
 

@@ -25,8 +25,8 @@ class Views:
     """What cameras see: image [V,C,H,W] over the background, alpha and depth [V,1,H,W], normals [V,3,H,W] in the world.
 
     Depth is the distance along the axis of view, weighted by opacity (0 where nothing is). `aux` holds what only some
-    scenes know: `screen`, offsets [V,N,2] of splats in pixels whose gradient says where detail is missing, or
-    `weights` and `places` [R,S] of the samples of rays.
+    scenes know: `latent`, what the teacher judges instead of the image; `screen`, offsets [V,N,2] of splats in pixels
+    whose gradient says where detail is missing; or `weights` and `places` [R,S] of the samples of rays.
     """
 
     image: Tensor
@@ -67,6 +67,14 @@ class Lit(Protocol):
     lit: bool
 
 
+@runtime_checkable
+class Meshed(Protocol):
+    """A scene that is a mesh already: its files hold that, and no `field` is asked."""
+
+    def asset(self, options: Any) -> Any:
+        """The `asset.Made` of these `Files`."""
+
+
 def lamp(scene: Scene, cond: Encoded) -> dict[str, Any]:
     """What a lamp adds to the arguments of `render`; scenes that cannot be lit are shown as they are."""
     if "light" not in cond or not isinstance(scene, Lit):
@@ -96,7 +104,11 @@ class SceneStudent(nn.Module):
         if isinstance(scene, Growing) and "step" in cond:
             scene.at(int(cond["step"][0]))
         views = scene.render(Cameras.of(cond["camera"]), cond["background"], cond.get("jitter"), **lamp(scene, cond))
-        x = self.codec.encode(views.image) if self.encodes else views.image
+        x = views.image
+        if "latent" in views.aux:  # of the teacher already
+            x = views.aux["latent"]
+        elif self.encodes:
+            x = self.codec.encode(x)
         aux = {"image": views.image, "alpha": views.alpha, "depth": views.depth, **views.aux}
         return Sample(x, cond, aux | ({} if views.normals is None else {"normals": views.normals}))
 
