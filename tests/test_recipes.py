@@ -2,9 +2,8 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +13,13 @@ from limbeck.core.run import checkpoint, job, table
 from limbeck.core.run import recipe as recipes
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput
-from limbeck.domains.image import models
+from limbeck.domains.image import models, reward_clip
 from limbeck.domains.sequence import models as sequence_models
 
 STEPS, STOP = 6, 3
-COMMON = [f"steps={STEPS}", f"checkpoint.every={STOP}", "checkpoint.keep=5", "sample.every=1000", "log.every=2", "eval=[]"]
-EMBEDDED = [name for name in recipes.names() if name.split("/")[0] in ("image", "sequence", "threed", "toy")]
+COMMON = [f"steps={STEPS}", f"checkpoint.every={STOP}", "checkpoint.keep=5"]
+COMMON += ["sample.every=1000", "log.every=2", "eval=[]"]
+EMBEDDED = [name for name in recipes.names() if name.split("/")[0] in ("image", "sequence", "threed", "toy", "video")]
 JOBS = {name: recipes.source(name).data.get("job", "train") for name in EMBEDDED}
 SAMPLING = [name for name in EMBEDDED if JOBS[name] == "sample" and name.startswith("image/")]
 SEQUENCE_SAMPLING = [name for name in EMBEDDED if JOBS[name] == "sample" and name.startswith("sequence/")]
@@ -61,7 +61,7 @@ def small_sequences(name: str, folder: Path) -> list[str]:
     if name.startswith("sequence/oracle"):
         return [*sets, "student.of.width=8"]
     if name == "sequence/drakes-protein":
-        return [*sets, "student.steps=2", "stages.0.losses.0.walk.steps=3", "stages.0.losses.0.last=2"]
+        return [*sets, "batch=2", "student.steps=2", "stages.0.losses.0.walk.steps=3", "stages.0.losses.0.last=2"]
     sets += [f"teacher.model={folder / 'model'}", "student.steps=2", "stages.0.losses.0.walk.steps=3"]
     data, oracle = recipes.source(name).data, folder / "oracle.safetensors"
     if data["rewards"]["train"][0].get("of", {}).get("kind") == "sequence.oracle":
@@ -69,6 +69,14 @@ def small_sequences(name: str, folder: Path) -> list[str]:
         sets += [f"data.by={oracle}", "data.among=64"]
     loss = recipes.source(name).data["stages"][0]["losses"][0]
     return [*sets, *(["stages.0.losses.0.last=2"] if loss["kind"] == "drakes" else [])]
+
+
+def small_clips(name: str) -> list[str]:
+    """What makes a recipe of clips tiny: a small net from random weights instead of a trained teacher."""
+    sets = [*COMMON, "batch=2", "space.steps=1", "sample.prompts=[fish]"]
+    if name == "video/teacher":
+        return [*sets, "teacher.channels=[16, 16]", "precision=fp32"]
+    return [*sets, "teacher={kind: video.fresh, channels: [16, 16]}"]
 
 
 SOLID = "a red and blue sphere with a green patch"
@@ -81,9 +89,13 @@ def small_assets(name: str) -> list[str]:
         return [*sets, "teacher.widths=[8,8,8]", "teacher.hidden=16"]
     if name == "threed/vsd":  # its critic starts as the teacher's net
         return [*sets, "teacher={kind: threed.fresh, widths: [8, 8, 8], hidden: 16}", "student.field.size=6"]
-    sets += [f"data.prompt={SOLID}", "teacher={kind: threed.solids, size: 8}", "data.size=8"]
     kind = recipes.source(name).data["student"]["kind"]
-    return [*sets, "student.count=40" if kind == "threed.gaussians" else "student.field.size=6"]
+    if kind == "threed.latent":  # pictures begin between the stop and the end
+        sets += ["teacher.of={kind: threed.solids, size: 8}", "data.size=[[3, 4], [4, 8]]", "student.rgb=4"]
+        return [*sets, f"data.prompt={SOLID}", "student.of.field.size=6"]
+    sets += [f"data.prompt={SOLID}", "teacher={kind: threed.solids, size: 8}", "data.size=8"]
+    tiny = {"threed.gaussians": "student.count=40", "threed.mesh": "student.texture=16"}
+    return [*sets, tiny.get(kind, "student.field.size=6")]
 
 
 def overrides(name: str, teacher: Path) -> list[str]:
@@ -92,12 +104,14 @@ def overrides(name: str, teacher: Path) -> list[str]:
         return small_sequences(name, teacher.parent / "sequences")
     if name.startswith("threed/") or name == "toy/solids":
         return small_assets(name)
+    if name.startswith("video/"):
+        return small_clips(name)
     if name == "toy/words":
         return [*COMMON, "batch=8", "stages.0.losses.0.walk.steps=3"]
     if name.startswith("toy/"):
         return [*COMMON, "batch=8", "stages.0.losses.0.critic.warm=2"]
     if name.startswith("image/reward-clip"):
-        return [*COMMON, "batch=2", "stages.0.losses.0.keywords=0"]
+        return [*COMMON, "batch=2", "space.count=4", "stages.0.losses.0.keywords=0"]
     sets = [*COMMON, "batch=2", "space.steps=1", "sample.prompts=[red apple]"]
     if name == "image/teacher":
         return [*sets, "teacher.channels=[32, 32]", "stages.0.steps=2"]
@@ -105,9 +119,9 @@ def overrides(name: str, teacher: Path) -> list[str]:
         return [*sets, f"teacher.model={teacher}", *(f"stages.{i}.steps=2" for i in range(3))]
     loss = recipes.source(name).data["stages"][0]["losses"][0]
     if "per_prompt" in loss:
-        sets = [*sets, "stages.0.losses.0.per_prompt=2"]
+        sets = [*sets, "batch=4", "stages.0.losses.0.per_prompt=2"]
     if "walk" in loss:
-        sets = [*sets, "batch=4", "student.steps=1", "stages.0.losses.0.walk.steps=3"]
+        sets = [*sets, "student.steps=1", "stages.0.losses.0.walk.steps=3"]
     return [*sets, f"teacher.model={teacher}"]
 
 
@@ -116,7 +130,7 @@ def small(name: str, teacher: Path) -> recipes.Recipe:
     recipe = recipes.load(name, overrides(name, teacher))
     for loss in (loss for stage in recipe.stages for loss in stage.losses):
         if hasattr(loss, "judge"):
-            loss.judge.every = 2
+            loss.judge.every = STOP  # numbers of the last step before the stop are written after it
     return recipe
 
 
@@ -137,6 +151,7 @@ def cut(whole: Path, halves: Path) -> None:
     """The run as a kill after step 3 leaves it: later checkpoints gone, later log lines still there."""
     shutil.rmtree(halves, ignore_errors=True)
     shutil.copytree(whole, halves)
+    (halves / "eval.json").unlink(missing_ok=True)
     for folder in (halves / "checkpoints").iterdir():
         if int(folder.name.rpartition("-")[2]) > STOP:  # stages before the last are shorter
             shutil.rmtree(folder)
@@ -150,7 +165,10 @@ def assert_same(whole: Path, halves: Path) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_three_and_three_are_six(name: str, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_three_and_three_are_six(
+    name: str, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reward_clip, "FITTED", 16)  # pictures
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     recipe = small(name, tiny_teacher)
     assert job.run(recipe, whole, device="cpu", quiet=True) == 0
@@ -186,10 +204,16 @@ def steered(name: str, teacher: Path, student: Path) -> list[str]:
     return [*own, *short, *walk, "eval.0.count=2", "sample.prompts=[red apple, bus]", f"teacher.model={teacher}"]
 
 
+@pytest.fixture(scope="module")
+def student(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step, whose student is steered."""
+    folder, sets = tmp_path_factory.mktemp("demo") / "student", [*overrides("image/demo", tiny_teacher), "steps=1"]
+    assert job.run(recipes.load("image/demo", sets), folder, device="cpu", quiet=True) == 0
+    return folder
+
+
 @pytest.mark.parametrize("name", SAMPLING)
-def test_a_steered_recipe_draws_and_compares(name: str, tiny_teacher: Path, tmp_path: Path) -> None:
-    student = tmp_path / "student"
-    assert job.run(recipes.load("image/demo", [*overrides("image/demo", tiny_teacher), "steps=1"]), student) == 0
+def test_a_steered_recipe_draws_and_compares(name: str, tiny_teacher: Path, student: Path, tmp_path: Path) -> None:
     folder = tmp_path / "steered"
     assert job.run(recipes.load(name, steered(name, tiny_teacher, student)), folder, device="cpu", quiet=True) == 0
     assert len(list((folder / "samples").glob("0*.png"))) == 2 and (folder / "samples" / "samplers.png").exists()
@@ -200,8 +224,11 @@ def test_a_steered_recipe_draws_and_compares(name: str, tiny_teacher: Path, tmp_
 @pytest.mark.parametrize("name", SEQUENCE_SAMPLING)
 def test_a_recipe_of_sequences_draws_and_measures(name: str, tiny_teacher: Path, tmp_path: Path) -> None:
     folder = tiny_teacher.parent / "sequences"
-    sets = ["sampler.walk.steps=3", "eval.0.count=4"]
-    if not name.endswith("-protein"):
+    sets = ["sampler.walk.steps=3", "space.steps=3", "eval.0.count=4", "eval.0.steps=3", "eval.0.levels=2"]
+    if name.endswith("-protein"):
+        sets += ["sample.prompts=['', '']"]
+    else:
+        sets += ["eval.0.pool=256"]
         sets += [f"rewards.{split}.0.model={folder / 'oracle.safetensors'}" for split in ("train", "held_out")]
         sets += [f"teacher.model={folder / 'model'}"]
     assert job.run(recipes.load(name, sets), tmp_path / "run", device="cpu", quiet=True) == 0
@@ -244,14 +271,11 @@ def test_the_rows_of_a_table_are_recipes_that_measure(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["image/dmd2", "toy/ring4"])
-def test_a_domain_resumes_as_a_process(name: str, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_domain_resumes_as_a_process(name: str, tiny_teacher: Path, tmp_path: Path, python: Any) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    sets = [part for item in overrides(name, tiny_teacher) for part in ("--set", item)]
-    order = [sys.executable, "-m", "limbeck", "run", name, "--out", str(tmp_path), "--name", "whole", *sets]
-    subprocess.run(order, check=True, capture_output=True, timeout=240)
+    assert job.run(small(name, tiny_teacher), whole, device="cpu", quiet=True) == 0
     cut(whole, halves)
-    order = [sys.executable, "-m", "limbeck", "resume", str(halves)]
-    subprocess.run(order, check=True, capture_output=True, timeout=240)
+    python.run(["-m", "limbeck", "resume", halves, "--device", "cpu"], check=True)
     assert_same(whole, halves)
 
 

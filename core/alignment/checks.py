@@ -35,7 +35,7 @@ def difference(logp: Tensor, reference: Tensor, reward: Tensor, beta: float = 0.
     return reward_difference(ratio[::2], ratio[1::2], reward[::2], reward[1::2], beta)
 
 
-def write(loss: Loss, iterations: int = 300, batch: int = 256, lr: float = 2e-3) -> Tensor:
+def write(loss: Loss, iterations: int = 150, batch: int = 256, lr: float = 4e-3) -> Tensor:
     """The law over the 81 words after training a Writer with this loss (MDLM's sampler, 16 steps)."""
     words, times, gen = Words(), torch.linspace(1, 0, STEPS + 1), generator(0, "check.write", 0)
     with torch.random.fork_rng():

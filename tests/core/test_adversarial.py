@@ -1,8 +1,6 @@
 """The adversary's losses and the density ratio it gives f-distill."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -173,12 +171,10 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_weigh_as_one(tmp_path):
+def test_two_processes_weigh_as_one(tmp_path, python):
     whole = Ratio(RatioConfig(divergence="kl"), CPU)(ctx(), torch.linspace(-2, 2, 64), torch.linspace(0, 0.99, 64))
-    command = [sys.executable, "-c", PROCESS]
-    calls = [[*command, str(rank), str(tmp_path / "meet")] for rank in (0, 1)]
-    started = [subprocess.Popen(call, stdout=subprocess.PIPE, text=True) for call in calls]
-    parts = [json.loads(process.communicate(timeout=120)[0]) for process in started]
+    started = [python.start(["-c", PROCESS, rank, tmp_path / "meet"]) for rank in (0, 1)]
+    parts = [json.loads(process.ended().stdout) for process in started]
     assert torch.allclose(torch.tensor(parts[0] + parts[1]), whole, rtol=1e-5)
 
 

@@ -1,8 +1,6 @@
 """The shared toy: its pieces, its metric, and every matching method end to end (the checks of `limbeck verify`)."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -98,15 +96,14 @@ def test_ring4_end_to_end(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "shard"), [("dmd2", "true"), ("f-distill", "false")])
-def test_two_processes_equal_one(method, shard, tmp_path):
+def test_two_processes_equal_one(method, shard, tmp_path, python):
     """The student's and critic's losses after six steps: a head on a sharded critic; a ratio over the global batch."""
     loss = "stages.0.losses.0"
     sets = ["steps=6", "log.every=6", "eval=[]", f"{loss}.kind={method}", f"{loss}.critic.warm=1"]
     found = []
-    for name, extra in {"one": [], "two": ["--processes", "2", "--set", f"distributed.shard={shard}"]}.items():
-        options = [word for item in sets for word in ("--set", item)]
-        command = [sys.executable, "-m", "limbeck", "run", "toy/ring4", "--out", str(tmp_path), "--name", name]
-        subprocess.run([*command, *options, *extra], check=True, capture_output=True, timeout=240)
+    for name, size, extra in (("one", 1, "false"), ("two", 2, shard)):
+        options = [word for item in (*sets, f"distributed.shard={extra}") for word in ("--set", item)]
+        python.team(["-m", "limbeck", "run", "toy/ring4", "--out", tmp_path, "--name", name, *options], size)
         found.append(json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]))
     for key in ("loss/student", "loss/critic"):
         assert found[1][key] == pytest.approx(found[0][key], rel=1e-4), key

@@ -1,14 +1,13 @@
 """A reward that is the user's program, or a server elsewhere: only by the command line, bounded, and one clear line."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -159,7 +158,7 @@ def limbeck(*arguments: object) -> int:
 
 
 def test_a_run_and_its_resume_need_the_command_and_keep_nothing_of_it(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Path, tmp_path: Path, python: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = shlex.join(script(tmp_path, JUDGE))
     place = ("--out", tmp_path, "--name", "a", "--device", "cpu")
@@ -167,9 +166,7 @@ def test_a_run_and_its_resume_need_the_command_and_keep_nothing_of_it(
     assert "add --reward-program mine=COMMAND" in capsys.readouterr().err
     assert limbeck("run", recipe, *place, "--reward-program", f"mein={command}") == 2
     assert not (tmp_path / "a").exists()
-    order = [sys.executable, "-m", "limbeck", "run", recipe, *place, "--reward-program", f"mine={command}"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([str(word) for word in order], check=True, capture_output=True, timeout=120, env=env)
+    python.run(["-m", "limbeck", "run", recipe, *place, "--reward-program", f"mine={command}"], check=True)
     for path in (tmp_path / "a").rglob("*"):
         assert path.is_dir() or b"judge.py" not in path.read_bytes(), path
     kept = json.loads((tmp_path / "a" / "environment.json").read_text())["command"]

@@ -1,15 +1,13 @@
 """A run whose reward server goes away in the middle ends as one that never lost it, bit for bit."""
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,26 +32,23 @@ batch: 16
 checkpoint: {{every: 5}}
 log: {{every: 1}}
 """
-LIMBECK = [sys.executable, "-m", "limbeck"]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+LIMBECK = ["-m", "limbeck"]
 
 
 @contextmanager
-def serving(port: int) -> Iterator[subprocess.Popen[str]]:
+def serving(port: int, python: Any) -> Iterator[Any]:
     """A reward server in a process of its own, once it listens."""
-    order = [*LIMBECK, "reward-server", "toy.letters", "--port", str(port), "--device", "cpu"]
-    server = subprocess.Popen(order, stdout=subprocess.PIPE, text=True, env=ENV)
+    server = python.start([*LIMBECK, "reward-server", "toy.letters", "--port", port, "--device", "cpu"])
     try:
-        assert server.stdout and f":{port}" in server.stdout.readline()
+        assert f":{port}" in server.line()
         yield server
     finally:
         server.kill()
         server.wait()
 
 
-def started(verb: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen([*LIMBECK, *verb, "--device", "cpu"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                            text=True, env=ENV)  # fmt: skip
+def started(verb: list[str], python: Any) -> Any:
+    return python.start([*LIMBECK, *verb, "--device", "cpu"])
 
 
 def rows(folder: Path) -> list[dict[str, float]]:
@@ -63,10 +58,10 @@ def rows(folder: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in json.loads(line).items() if key != "time"} for line in lines]
 
 
-def wait_for(folder: Path, step: int, run: subprocess.Popen[str]) -> None:
+def wait_for(folder: Path, step: int, run: Any) -> None:
     end = time.monotonic() + 120
     while len(rows(folder)) < step:
-        assert run.poll() is None and time.monotonic() < end, run.stderr and run.stderr.read()
+        assert run.poll() is None and time.monotonic() < end, run.err.read_text()
         time.sleep(0.005)
 
 
@@ -84,12 +79,12 @@ def order(place: Path, port: int, name: str, patience: float = 120.0) -> list[st
 
 
 @pytest.fixture(scope="module")
-def whole(port: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(port: int, python: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that never lost its server."""
     place = tmp_path_factory.mktemp("served")
-    with serving(port):
-        run = started(order(place, port, "whole"))
-        assert run.wait(timeout=120) == 0, run.stderr and run.stderr.read()
+    with serving(port, python):
+        run = started(order(place, port, "whole"), python)
+        assert run.wait() == 0, run.err.read_text()
     return place / "whole"
 
 
@@ -101,10 +96,10 @@ def assert_same(whole: Path, other: Path) -> None:
     assert rows(whole) == rows(other) and len(rows(whole)) == STEPS
 
 
-def test_a_run_waits_for_a_server_that_comes_back(whole: Path, port: int, tmp_path: Path) -> None:
+def test_a_run_waits_for_a_server_that_comes_back(whole: Path, port: int, python: Any, tmp_path: Path) -> None:
     folder = tmp_path / "lost"
-    with serving(port) as server:
-        run = started(order(tmp_path, port, "lost"))
+    with serving(port, python) as server:
+        run = started(order(tmp_path, port, "lost"), python)
         wait_for(folder, LOST, run)
         server.send_signal(signal.SIGKILL)
         server.wait()
@@ -113,23 +108,25 @@ def test_a_run_waits_for_a_server_that_comes_back(whole: Path, port: int, tmp_pa
     assert LOST <= before < STEPS, "the server was stopped too late to be missed"
     time.sleep(AWAY - 0.5)
     assert run.poll() is None and len(rows(folder)) == before
-    with serving(port):
-        assert run.wait(timeout=120) == 0, run.stderr and run.stderr.read()
+    with serving(port, python):
+        assert run.wait() == 0, run.err.read_text()
     assert_same(whole, folder)
 
 
-def test_a_run_that_lost_patience_says_so_and_its_resume_ends_the_same(whole: Path, port: int, tmp_path: Path) -> None:
+def test_a_run_that_lost_patience_says_so_and_its_resume_ends_the_same(
+    whole: Path, port: int, python: Any, tmp_path: Path
+) -> None:
     folder = tmp_path / "impatient"
-    with serving(port) as server:
-        run = started(order(tmp_path, port, "impatient", patience=0.3))
+    with serving(port, python) as server:
+        run = started(order(tmp_path, port, "impatient", patience=0.3), python)
         wait_for(folder, LOST, run)
         server.send_signal(signal.SIGKILL)
         server.wait()
-    _, said = run.communicate(timeout=60)
-    assert run.returncode == 1 and said.count("\n") == 1
-    assert "does not answer" in said and "then `limbeck resume` the run" in said
+    done = run.ended(timeout=60)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "does not answer" in done.stderr and "then `limbeck resume` the run" in done.stderr
     assert len(rows(folder)) < STEPS
-    with serving(port):
-        run = started(["resume", str(folder)])
-        assert run.wait(timeout=120) == 0, run.stderr and run.stderr.read()
+    with serving(port, python):
+        run = started(["resume", str(folder)], python)
+        assert run.wait() == 0, run.err.read_text()
     assert_same(whole, folder)
