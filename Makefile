@@ -34,7 +34,7 @@ ifdef TORCH_INDEX
 	@PIP_INDEX_URL='$(TORCH_INDEX)' $(PIP) install --force-reinstall --no-deps '$(TORCH)'
 	@PIP_INDEX_URL='$(TORCH_INDEX)' $(PIP) install '$(TORCH)'
 endif
-	@$(PIP) install -c requirements/lock.txt -e '.[embedded,image,sequence,threed,dev]'
+	@$(PIP) install -c requirements/lock.txt -e '.[embedded,image,sequence,threed,video,dev]'
 	@touch $(STAMP) $(CHOSEN)
 
 lint: setup
