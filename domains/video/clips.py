@@ -19,7 +19,7 @@ from limbeck.domains.video.io import Video
 
 LIST = "captions.jsonl"
 KEYS = {"file", "caption"}
-ENDINGS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".gif", ".webp"}
+ENDINGS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".flv", ".ogv", ".gif", ".webp"}
 
 
 def fitted(frame: Tensor, height: int, width: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Reads moving pictures: frames by number or by time, from MP4, MOV, MKV, WebM, AVI, MPEG, FLV, OGG, GIF and WebP.
+"""Reads moving pictures: frames by number or by time, from MP4, MOV, MKV, WebM, AVI, TS, FLV, OGG, GIF and WebP.
 
 Which frames a file has and when it shows them is told by its packets, in one pass that decodes nothing; a decoder is
 then asked for frames by number, so that all decoders read the same ones. Rotation flags are applied.
@@ -23,8 +23,8 @@ from torch import Tensor
 from limbeck.core.run.errors import BadInput, clean
 
 Reader = Literal["pyav", "torchcodec", "decord"]
-# Neither playlists, which name other files, nor still pictures; no ASF, whose frames come with wrong times.
-FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg"
+# Neither playlists, which name other files, nor still pictures; no ASF and MPEG-PS, whose frames have uncertain times.
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,flv,ogg"
 SHORT, INSTEAD = 20, 100  # milliseconds: a GIF's delay below the one is shown for the other, as in browsers
 NEAR = 4  # frames: as few are rather decoded in vain, as a seek throws away what threads have read ahead
 LARGEST = 7680 * 4320  # pixels of a GIF or WebP: each of its pictures has the size that its first bytes tell
