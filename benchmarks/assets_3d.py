@@ -34,7 +34,7 @@ Row = dict[str, float | str]
 def made(recipe_name: str, prompt: str, sets: list[str], device: str) -> tuple[Build, float, float]:
     """A run of the recipe in memory, the PSNR that it started from, and its seconds."""
     named = [item.replace("{object}", prompt.replace(" ", "-")) for item in sets]
-    recipe = load(recipe_name, [f"data.prompt={prompt}", *named])
+    recipe = load(recipe_name, [f"data.prompt={prompt}", "eval.0.formats=[]", *named])
     team, stage = Team(device), recipe.stages[0]
     build = Build(recipe, team.device)
     objective, truth = build.objective(stage), Known.of(build, prompt)

@@ -87,9 +87,10 @@ def small_assets(name: str) -> list[str]:
     sets = [*COMMON, "batch=4"]
     if name == "threed/teacher":
         return [*sets, "teacher.widths=[8,8,8]", "teacher.hidden=16"]
-    if name == "threed/vsd":  # its critic starts as the teacher's net
-        return [*sets, "teacher={kind: threed.fresh, widths: [8, 8, 8], hidden: 16}", "student.field.size=6"]
-    kind = recipes.source(name).data["student"]["kind"]
+    kind = recipes.load(name).student.kind
+    if name.startswith("threed/vsd") and name != "threed/vsd-geometry":  # its critic starts as the teacher's net
+        tiny = "student.texture=16" if kind == "threed.mesh" else "student.field.size=6"
+        return [*sets, "teacher={kind: threed.fresh, widths: [8, 8, 8], hidden: 16}", tiny]
     if kind == "threed.latent":  # pictures begin between the stop and the end
         sets += ["teacher.of={kind: threed.solids, size: 8}", "data.size=[[3, 4], [4, 8]]", "student.rgb=4"]
         return [*sets, f"data.prompt={SOLID}", "student.of.field.size=6"]
