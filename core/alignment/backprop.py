@@ -63,14 +63,32 @@ def walked_steps(ctx: Context, config: Gradient) -> int:
     return max(1, round(share * config.walk.steps))
 
 
+def started(tuning: Tuning, config: Gradient, ctx: Context) -> tuple[Tensor, Encoded, Condition, Tensor]:
+    """The first state of a walk, both forms of its condition, and the times [K+1] that it takes."""
+    times, edit = tuning.times(config.walk), getattr(config, "edit", None)
+    if edit is None:
+        return *tuning.begin(ctx, config.walk), times[: walked_steps(ctx, config) + 1]
+    times = remaining(times, edit.share)
+    return *tuning.edited(ctx, config.walk, edit, times[0]), times
+
+
+def remaining(times: Tensor, share: float) -> Tensor:
+    """The end of a walk's times [K+1]: those of round(share K) steps, one at least.
+
+    InstructVideo's .6 of 20 steps are 12: of the indices 951, 901, ..., 1 those from 551 down.
+    """
+    count = max(1, round(share * (len(times) - 1)))
+    return times[-count - 1 :]
+
+
 def backpropagate(tuning: Tuning, config: Gradient, ctx: Context) -> Terms:
     """DRaFT (Clark et al. 2023), AlignProp (Prabhudesai et al. 2023), ReFL (Xu et al. 2023), DRAKES as truncations.
+    With `edit` the walk is InstructVideo's (Yuan et al. 2023): from data made noisy down, and short.
 
     The state before the last K steps is detached whole: no earlier step is reached, by either branch of guidance.
     """
-    x, cond, raw = tuning.begin(ctx, config.walk)
+    x, cond, raw, times = started(tuning, config, ctx)
     walker, last = tuning.guided(ctx, tuning.student, config.walk), gradient_steps(ctx, config)
-    times = tuning.times(config.walk)[: walked_steps(ctx, config) + 1]
     gen, kernel = tuning.gen(ctx), tuning.kernel(ctx, config.walk)
     price, divergence = ctx.at(getattr(config, "kl", 0.0)), x.new_zeros(())
     watched = price > 0 or tuning.judge.due(ctx)

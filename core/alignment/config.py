@@ -45,11 +45,19 @@ class Tuned(Config):
     judge: Judging = Judging()
 
 
+class Edit(Config):
+    """The walk starts from data made noisy, not from noise, and is as much shorter (InstructVideo)."""
+
+    share: Annotated[float, Field(gt=0, le=1)] = 0.6  # of the walk's steps, rounded, that are taken
+    offset: Annotated[float, Field(ge=0)] = 0.1  # deviation of more noise that is one number a channel of each picture
+
+
 class Draft(Tuned):
     """DRaFT-K; with `noises` > 1 DRaFT-LV: the last step is taken again from that many noisings of the sample."""
 
     last: Count = 1  # steps with gradient
     noises: Count = 1
+    edit: Edit | None = None  # null: walks start from noise
     kl: NotNegative = 0.0  # weight of the path KL to the reference, over the steps with gradient
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from limbeck.core.alignment.config import Config, Walk
+from limbeck.core.alignment.config import Config, Edit, Walk
 from limbeck.core.diffusion.denoiser import Denoiser, Encoded
 from limbeck.core.diffusion.draws import Shared
 from limbeck.core.diffusion.guidance import guided_by, with_scale
@@ -61,6 +61,22 @@ class Tuning:
         noise = ctx.draws.normal("tuning.noise", tuple(model.shape))
         t = self.times(walk)[0].expand(len(noise)).to(noise.device)
         return model.begin(noise, t, cond), cond, {"prompt": prompts}
+
+    def edited(self, ctx: Context, walk: Walk, edit: Edit, t: Tensor) -> tuple[Tensor, Encoded, Condition]:
+        """The same from data: x_t of this step's data at t (one number), its condition and its prompts.
+
+        InstructVideo's noise: standard normal plus `offset` times noise that all pixels of a channel of one picture or
+        frame share.
+        """
+        x0, cond = self.source.real(ctx)
+        shape = tuple(x0.shape[1:])
+        noise = ctx.draws.normal("tuning.noise", shape)
+        if edit.offset:
+            noise = noise + edit.offset * ctx.draws.normal("tuning.offset", (*shape[:-2], 1, 1))
+        x = self.source.model.denoiser.process.add_noise(x0, noise.to(x0), t.expand(len(x0)).to(x0.device))
+        batch = self.source.batch(ctx)
+        assert batch is not None
+        return x, with_scale(cond, ctx.at(walk.guidance)), {"prompt": batch.prompts}
 
     def guided(self, ctx: Context, denoiser: Denoiser, walk: Walk) -> Denoiser:
         """Classifier-free guidance at this step's scale; both branches carry a gradient."""

@@ -230,7 +230,12 @@ class Network(Denoiser):
             return self.call(self.net, x, time, cond)
         with tapped(self.net, self.taps) as found:
             raw = self.call(self.net, x, time, cond)
-        return raw, found
+        return raw, [unfolded(feature, len(x_t)) for feature in found]
+
+
+def unfolded(feature: Tensor, rows: int) -> Tensor:
+    """A feature [B, C, …]; where a video net has folded its frames into the batch, [B*F, C, …] as [B, C, F, …]."""
+    return feature if len(feature) == rows else feature.reshape(rows, -1, *feature.shape[1:]).transpose(1, 2)
 
 
 def net_dtype(net: nn.Module, like: Tensor) -> torch.dtype:

@@ -21,7 +21,7 @@ from limbeck.core.diffusion.config import (
     TimeLaw,
     Uniform,
 )
-from limbeck.core.diffusion.process import VP, Process, working_dtype
+from limbeck.core.diffusion.process import VP, Flow, Process, working_dtype
 from limbeck.core.scheduled import at
 
 Draw = Callable[[int, torch.Generator, Process, int], Tensor]
@@ -122,6 +122,12 @@ def times(n: int, process: Process, kind: str = "uniform") -> Tensor:
     count = process.count if isinstance(process, VP) else None
     grid = fractions if count is None else (fractions * count).round() / count
     return grid.clamp(max=process.t_max).float()
+
+
+def shifted(n: int, process: Process, shift: float) -> Tensor:
+    """n + 1 falling times, float32: s u/(1 + (s - 1) u) of uniform u, times t_max; video models sample with s = 7."""
+    fractions = 1 - torch.arange(n + 1, dtype=torch.float64) / n
+    return (Flow(shift).sigma(fractions) * process.t_max).float()
 
 
 def _karras(n: int, process: Process, rho: float = 7.0) -> Tensor:

@@ -1,5 +1,6 @@
 """LoRA as a patch: low-rank updates hooked onto a frozen denoiser, so that one copy is teacher and critic at once."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -80,3 +81,16 @@ class Patched(Denoiser):
         """The base's own forward (raw, or raw and features) with the patch on."""
         with self.lora.on():
             return self._base[0](x_t, t, cond, features)
+
+
+def merged(denoiser: Denoiser) -> Denoiser:
+    """A copy of a patched denoiser's base with W + (alpha/rank) B A written into its weights; others as they are."""
+    if not isinstance(denoiser, Patched):
+        return denoiser
+    lora, base = denoiser.lora, copy.deepcopy(denoiser._base[0])
+    with torch.no_grad():
+        for key, down in lora.down.items():
+            weight = base.get_submodule(key.replace("/", ".")).get_parameter("weight")
+            low, high = (layer.get_parameter("weight").flatten(1) for layer in (down, lora.up[key]))
+            weight.add_((lora.scale * (high @ low)).view_as(weight))
+    return base

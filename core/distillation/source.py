@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.core.diffusion.denoiser import Encoded, Model, Sample
-from limbeck.core.run.build import Build
+from limbeck.core.run.build import Batch, Build
 from limbeck.core.run.config import OptimConfig
 from limbeck.core.run.context import Context
 from limbeck.core.run.errors import BadInput
@@ -47,10 +47,14 @@ class Source:
 
     def condition(self, ctx: Context) -> Encoded:
         """This process's prompts of the step, encoded, and what else the data asks of a sample (a camera)."""
-        if not hasattr(self.data, "ask"):
-            return self.model.encode(self.prompts(ctx))
-        prompts, asked = self.data.ask(ctx, self.prompts(ctx))
+        prompts, asked = self.asked(ctx)
         return self.model.encode(prompts) | asked
+
+    def asked(self, ctx: Context) -> tuple[list[str], Encoded]:
+        """The same before prompts are encoded."""
+        prompts = self.prompts(ctx)
+        found: tuple[list[str], Encoded] = self.data.ask(ctx, prompts) if hasattr(self.data, "ask") else (prompts, {})
+        return found
 
     def _sample(self, ctx: Context) -> Sample:
         student: Any = self.student
@@ -82,10 +86,18 @@ class Source:
         """Data x0 [b, *S] in the space of the teacher, and its condition."""
         return ctx.once("data.real", lambda: self._real(ctx))
 
+    def batch(self, ctx: Context) -> Batch | None:
+        """This process's rows of data as they are, with their prompts."""
+        return ctx.once("data.batch", lambda: self._batch(ctx))
+
+    def _batch(self, ctx: Context) -> Batch | None:
+        if self.data is None:
+            return None
+        found: Batch = self.data.batch(ctx.global_batch, ctx.draws.gen("data.batch"), ctx.draws.rows)
+        return found
+
     def _real(self, ctx: Context) -> tuple[Tensor, Encoded]:
-        batch = None
-        if self.data is not None:
-            batch = self.data.batch(ctx.global_batch, ctx.draws.gen("data.batch"), ctx.draws.rows)
+        batch = self.batch(ctx)
         if batch is None or batch.x is None:
             raise BadInput("this loss needs real data and `data` gives none; set adversary: null or change data")
         with torch.no_grad():
