@@ -94,8 +94,14 @@ def small_assets(name: str) -> list[str]:
     if kind == "threed.latent":  # pictures begin between the stop and the end
         sets += ["teacher.of={kind: threed.solids, size: 8}", "data.size=[[3, 4], [4, 8]]", "student.rgb=4"]
         return [*sets, f"data.prompt={SOLID}", "student.of.field.size=6"]
+    if kind == "threed.amortised":
+        sets += [f"data.prompts=[{SOLID}, a green and yellow torus with a red patch]", "student.width=8"]
     sets += [f"data.prompt={SOLID}", "teacher={kind: threed.solids, size: 8}", "data.size=8"]
-    tiny = {"threed.gaussians": "student.count=40", "threed.mesh": "student.texture=16"}
+    tiny = {
+        "threed.gaussians": "student.count=40",
+        "threed.mesh": "student.texture=16",
+        "threed.amortised": "student.size=16",
+    }
     return [*sets, tiny.get(kind, "student.field.size=6")]
 
 

@@ -23,6 +23,7 @@ class Law(Strict):
     """Where the cameras of a step stand: azimuths are spread over the batch, the rest is uniform."""
 
     prompt: str = ""  # what the asset is to be
+    prompts: list[str] = []  # of a student that makes many assets: each step takes one of them instead
     size: Annotated[Scheduled, AfterValidator(within(1))] = 32  # pixels along a side
     elevation: Span = (-10.0, 50.0)
     azimuth: Span = (-180.0, 180.0)
@@ -152,6 +153,17 @@ class Nerf(Strict):
     particles: Count = 1
     oriented: bool = False  # normals in training too, with their gradient: for the loss `orientation`
     step: Positive | None = None  # of finite differences for normals, DreamFusion's .01; null: by autograd
+
+
+class Amortised(Blob):
+    """One net that writes the three feature planes of a scene for any of the run's prompts."""
+
+    size: Literal[16, 32, 64, 128] = 32  # grid points along a side of a plane
+    features: Count = 16
+    width: Count = 64  # channels of the net that writes them
+    hidden: Count = 64  # of the net that reads them
+    sampling: Sampling = Sampling()
+    radius: Positive = 1.0
 
 
 class Gaussians(Strict):

@@ -120,6 +120,13 @@ class Head(nn.Module):
         return density, squashed(raw[:, 1:], self.channels)
 
 
+def planar(planes: Tensor, points: Tensor, radius: float) -> list[Tensor]:
+    """Features [F,N] that points [N,3] have on each of the planes xy, xz and yz [3,F,S,S]."""
+    place, size = cells(points, radius, planes.shape[-1]), planes.shape[-1]
+    pairs = (place[:2], place[::2], place[1:])
+    return [lookup(plane.flatten(1), *corners(pair, size)) for plane, pair in zip(planes, pairs, strict=True)]
+
+
 class Triplane(nn.Module):
     """Features on the planes xy, xz and yz, bilinear, summed or side by side, then a small net (EG3D, section 4.1)."""
 
@@ -133,9 +140,7 @@ class Triplane(nn.Module):
 
     def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Density [N] and colour [N,C] at points [N,3]."""
-        place, size = cells(points, self.radius, self.config.size), self.config.size
-        pairs = (place[:2], place[::2], place[1:])
-        found = [lookup(p.flatten(1), *corners(pair, size)) for p, pair in zip(self.planes, pairs, strict=True)]
+        found = planar(self.planes, points, self.radius)
         features = torch.cat(found) if self.config.join == "concat" else found[0] + found[1] + found[2]
         density, colour = self.head(features, points)
         return density, colour

@@ -14,18 +14,21 @@ from limbeck.core.run.context import Context
 from limbeck.core.run.errors import BadInput
 from limbeck.domains.threed import config as settings
 from limbeck.domains.threed.cameras import UP, Cameras, direction, lamp, look_at, orbit
+from limbeck.domains.threed.objects import vectors
 from limbeck.domains.threed.scene import SHADINGS
 
 
 @dataclass(frozen=True)
 class Law:
-    """One prompt and the law of cameras (DreamFusion)."""
+    """One prompt, or one of several at each step, and the law of cameras (DreamFusion)."""
 
     config: settings.Law
 
     def prompts(self, n: int, gen: Generator, rows: slice) -> list[str]:
-        """The prompt, the same for all views."""
-        return [self.config.prompt] * len(range(n)[rows])
+        """The step's prompt, the same for all views."""
+        some = self.config.prompts
+        chosen = some[int(torch.randint(len(some), (1,), generator=gen))] if some else self.config.prompt
+        return [chosen] * len(range(n)[rows])
 
     def batch(self, n: int, gen: Generator, rows: slice) -> Batch:
         """Prompts alone: a scene is made without pictures."""
@@ -38,6 +41,8 @@ class Law:
         asked |= {"jitter": ctx.draws.uniform("threed.jitter")}
         asked["particle"] = self.shared(ctx, "threed.particle").expand(ctx.batch)
         asked["step"] = torch.full((ctx.batch,), ctx.step)
+        if self.config.prompts:
+            asked["sentence"] = vectors(prompts).to(ctx.device)
         return self.worded(prompts, cameras), asked | self.lamp(ctx, cameras)
 
     def shared(self, ctx: Context, stream: str) -> Tensor:
@@ -98,6 +103,6 @@ class Law:
 
 def build(config: settings.Law, build: Build) -> Law:
     """Factory of the data `threed.law`."""
-    if not config.prompt.strip():
+    if not all(prompt.strip() for prompt in config.prompts or [config.prompt]):
         raise BadInput("there is no prompt; say what the asset is to be: --prompt 'a horse'")
     return Law(config)

@@ -32,17 +32,17 @@ def rows(config: settings.Quality, build: Build) -> Iterator[Row]:
     for format in config.formats:
         build.note(f"writing {format}")
         build.piece("space").export(build, build.folder / "exports" / format, format)
-    prompt = space.prompt(build)
-    truth = Known.of(build, prompt)
-    for i, scene in enumerate(space.scenes(build)):
-        name = "scene" if len(space.scenes(build)) == 1 else f"particle {i}"
-        yield {"what": name, **facts(scene), **(compared(build, scene, truth) if truth else {})}
-    if truth:
-        answer = one_step(build, truth, prompt)
-        yield {"what": f"teacher in one step at t = {LATE}", "PSNR": metrics.psnr(answer, truth.image),
-               "SSIM": metrics.ssim(answer, truth.image)}  # fmt: skip
-        white = torch.ones_like(truth.image)
-        yield {"what": "a white picture", "PSNR": metrics.psnr(white, truth.image)}
+    many = len(space.texts(build)) > 1
+    for (prompt, scene), title in zip(space.shown(build), space.titles(build), strict=True):
+        truth = Known.of(build, prompt)
+        yield {"what": title or "scene", **facts(scene), **(compared(build, scene, truth) if truth else {})}
+    for prompt in space.texts(build):
+        if truth := Known.of(build, prompt):
+            of = f" of {prompt}" * many
+            answer, white = one_step(build, truth, prompt), torch.ones_like(truth.image)
+            yield {"what": f"teacher in one step at t = {LATE}{of}", "PSNR": metrics.psnr(answer, truth.image),
+                   "SSIM": metrics.ssim(answer, truth.image)}  # fmt: skip
+            yield {"what": f"a white picture{of}", "PSNR": metrics.psnr(white, truth.image)}
 
 
 def facts(scene: Scene) -> Row:

@@ -98,6 +98,10 @@ class SceneStudent(nn.Module):
         share = float(cond["particle"][0]) if "particle" in cond else 0.0
         return self.scenes[int(share * len(self.scenes))]  # type: ignore[return-value]
 
+    def made(self, prompts: list[str]) -> list[tuple[str, Scene]]:
+        """What the run has made of its prompts: each scene with its prompt. Here all scenes are of the first."""
+        return [(prompts[0], scene) for scene in self.scenes]  # type: ignore[misc]
+
     def sample(self, noise: Tensor, cond: Encoded, renoise: list[Tensor] | None = None) -> Sample:
         """x [B,*S] in the teacher's space; aux has image, alpha, depth, normals and what the scene adds."""
         scene = self.particle(cond)
