@@ -76,7 +76,13 @@ def small_clips(name: str) -> list[str]:
     sets = [*COMMON, "batch=2", "space.steps=1", "sample.prompts=[fish]"]
     if name == "video/teacher":
         return [*sets, "teacher.channels=[16, 16]", "precision=fp32"]
-    return [*sets, "teacher={kind: video.fresh, channels: [16, 16]}"]
+    sets += ["teacher={kind: video.fresh, channels: [16, 16]}"]
+    if name == "video/accvideo":
+        walks = "{count: 6, each: 1, guidance: 3.0}"
+        return [*sets, "student.steps=2", "stages.0.steps=3", *(f"stages.{i}.losses.0.set={walks}" for i in range(2))]
+    if name == "video/instructvideo":
+        return [*sets, "student.steps=2", "stages.0.losses.0.walk.steps=3"]
+    return sets
 
 
 SOLID = "a red and blue sphere with a green patch"
