@@ -160,6 +160,24 @@ class Consistency:
     target: Callable[[], AbstractContextManager[None]] = nullcontext
     motion: Callable[[Tensor], Tensor] = lambda x: x
 
+    @classmethod
+    def of(
+        cls, name: str, source: Source, config: settings.Consistency,
+        target: Callable[[], AbstractContextManager[None]] = nullcontext,
+        motion: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> Consistency:  # fmt: skip
+        """The rule of these settings for the run's student; BadInput where it has no boundary condition."""
+        student, model = source.student, source.model
+        if not isinstance(student, Consistent):  # a constant would have the lowest loss
+            raise BadInput(
+                f"the loss {name} needs a boundary condition; set student: {{kind: consistency, of: {{kind: …}}}}"
+            )
+        solver = heun() if config.solver == "heun" else euler()
+        return cls(
+            name, student, model.denoiser, source.null, model.grid(config.intervals), solver, config.guidance,
+            config.huber, config.guidance_to, target, motion,
+        )  # fmt: skip
+
     def __call__(self, ctx: Context, x0: Tensor, cond: Encoded) -> Tensor:
         """The loss on data x0 [b, *S]; the target comes first, as it changes the net's weights for a while."""
         leg = self.leg(ctx, x0, cond)
@@ -235,16 +253,7 @@ def build_student(config: settings.ConsistencyStudent, build: Build) -> Consiste
 def build(config: settings.Consistency, build: Build) -> Followed:
     """Factory of the objective `consistency`."""
     source = continuous(Source.of(build), "consistency")
-    student = source.student
-    if not isinstance(student, Consistent):  # without the boundary condition a constant has the lowest loss
-        raise BadInput(
-            "the loss consistency needs a boundary condition; set student: {kind: consistency, of: {kind: …}}"
-        )
-    player = build.player("student", student, plain(config.optim))
+    player = build.player("student", source.student, plain(config.optim))
     shadow = None if config.target is None else Shadow(player, config.target)
-    rule = Consistency(
-        "consistency", student, source.model.denoiser, source.null, source.model.grid(config.intervals),
-        heun() if config.solver == "heun" else euler(), config.guidance, config.huber,
-        config.guidance_to, shadow.on if shadow else nullcontext,
-    )  # fmt: skip
+    rule = Consistency.of("consistency", source, config, shadow.on if shadow else nullcontext)
     return Followed("consistency", lambda ctx: rule(ctx, *source.real(ctx)), player, shadow)

@@ -20,11 +20,9 @@ from limbeck.core.compositing import resampling
 from limbeck.core.diffusion.codec import Codec
 from limbeck.core.diffusion.denoiser import Encoded, Features, tapped
 from limbeck.core.diffusion.process import expand
-from limbeck.core.diffusion.sampling import euler, heun
 from limbeck.core.distillation.adversarial import Head
 from limbeck.core.distillation.consistency import (
     Consistency,
-    Consistent,
     Leg,
     Shadow,
     continuous,
@@ -258,20 +256,14 @@ def judge_of(config: settings.FrameAdversary, codec: Codec, device: torch.device
 
 def assembled(config: settings.Mcm, source: Source, make: Made, device: torch.device, images: Data | None) -> Mcm:
     """The objective of these settings: `make` gives the players, `images` the judge's pictures where they are apart."""
-    student, model = source.student, source.model
-    if not isinstance(student, Consistent):
-        raise BadInput("the loss video.mcm needs a boundary condition; set student: {kind: consistency, of: {kind: …}}")
+    model = source.model
     compared, optim = motion.build(config.motion, tuple(model.shape)), plain(config.optim)
-    students = [make("student", student, optim)]
+    students = [make("student", source.student, optim)]
     shadows = [] if config.target is None else [Shadow(students[0], config.target)]
     if isinstance(config.motion, settings.LearnedMap) and isinstance(compared, nn.Module):
         students.append(make("motion", compared.to(device), optim))
         shadows.append(Shadow(students[1], config.motion.ema))
-    rule = Consistency(
-        "mcm", student, model.denoiser, source.null, model.grid(config.intervals),
-        heun() if config.solver == "heun" else euler(), config.guidance, config.huber,
-        config.guidance_to, lent(shadows), compared,
-    )  # fmt: skip
+    rule = Consistency.of("video.mcm", source, config, lent(shadows), compared)
     if config.adversary is None:
         return Mcm(source, rule, config, students, shadows)
     judge = judge_of(config.adversary, model.codec, device)
