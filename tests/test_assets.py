@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from limbeck import core
-from limbeck.domains import image, sequence, video
+from limbeck.domains import image, sequence, threed, video
 
-ASSETS = [Path(str(domain.__file__)).parent / "assets" for domain in (core, image, sequence, video)]
+ASSETS = [Path(str(domain.__file__)).parent / "assets" for domain in (core, image, sequence, threed, video)]
 FOLDERS = sorted(path for assets in ASSETS for path in assets.iterdir() if path.is_dir())
 
 
