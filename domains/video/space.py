@@ -72,20 +72,24 @@ class ClipSpace:
 
     def show(self, build: Build, step: int, folder: Path) -> list[Path]:
         """Writes a moving sheet teacher | student for the sample prompts (a teacher in training stands alone)."""
+        return [self.moving_sheet(self.blocks(build, step), self.prompts(build), folder / f"step-{step:08d}.webp")]
+
+    def blocks(self, build: Build, step: int) -> Blocks:
+        """The clips of the sample prompts by whoever makes them, each under its title."""
         prompts, seed, trained = self.prompts(build), build.recipe.seed, f"after {step} training steps"
         if not build.has("student"):
-            blocks = {f"{self.config.steps} steps, {trained}": self.drawn(build, self.teacher(build), prompts, seed)}
-        else:
-            if self._teacher is None:
-                self._teacher = self.drawn(build, self.teacher(build), prompts, seed)
-            student = self.student(build)
-            title = f"student, {student.steps} step{'s' * (student.steps > 1)}, {trained}"
-            shown = self.drawn(build, student, prompts, seed)
-            blocks = {f"teacher, {self.config.steps} steps": self._teacher, title: shown}
-        return [self.moving_sheet(blocks, prompts, folder / f"step-{step:08d}.webp")]
+            return {f"{self.config.steps} steps, {trained}": self.drawn(build, self.teacher(build), prompts, seed)}
+        if self._teacher is None:
+            self._teacher = self.drawn(build, self.teacher(build), prompts, seed)
+        student = self.student(build)
+        title = f"student, {student.steps} step{'s' * (student.steps > 1)}, {trained}"
+        return {
+            f"teacher, {self.config.steps} steps": self._teacher,
+            title: self.drawn(build, student, prompts, seed),
+        }
 
     def moving_sheet(self, blocks: Blocks, prompts: Sequence[str], path: Path) -> Path:
-        """An endless animated WebP of all clips side by side, each block under its title."""
+        """A film of all clips side by side, each block under its title: .webp (endless) or .mp4."""
         frames = next(iter(blocks.values())).shape[2]
         pages = [
             sheet({title: to_pictures(clips[:, :, k]) for title, clips in blocks.items()}, prompts)
@@ -116,11 +120,12 @@ class ClipSpace:
         return self.saved(build.piece("teacher").codec.decode(x).cpu(), prompts, seed, folder)
 
     def export(self, build: Build, path: Path, format: str) -> list[Path]:
-        """Writes `diffusers` (a folder that `teacher.model` takes) or `mp4` (clips of the sample prompts)."""
+        """Writes `diffusers` (a folder for `teacher.model`) or `mp4` (the sample prompts, together and alone)."""
         if format == "mp4":
-            prompts = self.prompts(build)
-            which = "student" if build.has("student") else "teacher"
-            return self.sample(build, prompts, build.recipe.seed, path, which)
+            path.mkdir(parents=True, exist_ok=True)
+            prompts, blocks = self.prompts(build), self.blocks(build, build.step)
+            sheet = self.moving_sheet(blocks, prompts, path / "side-by-side.mp4")
+            return [sheet, *self.saved(list(blocks.values())[-1], prompts, build.recipe.seed, path)]
         piece = build.piece("student") if build.has("student") else build.piece("teacher")
         model: Model = build.piece("teacher")
         trained = {"recipe": build.recipe.name, "steps": build.step, "batch": build.recipe.batch}

@@ -11,7 +11,7 @@ from limbeck.core.diffusion.denoiser import FewStep
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput
 from limbeck.core.run.recipe import load
-from limbeck.domains.video import config, metrics, models, quality, teacher
+from limbeck.domains.video import config, io, metrics, models, quality, teacher
 
 TINY = ["teacher={kind: video.fresh, channels: [16, 16]}", "space.steps=1", "sample.prompts=[fish, dog face]"]
 
@@ -74,6 +74,10 @@ def test_sheets_move_and_samples_are_films(build: Build, tmp_path: Path) -> None
         assert sheet.n_frames == 8
     paths = space.sample(build, ["fish", "a fish"], 1, tmp_path / "films")
     assert [path.name for path in paths] == ["000-fish-seed1.mp4", "001-a-fish-seed1.mp4"]
+    written = space.export(build, tmp_path / "out", "mp4")
+    assert [path.name for path in written] == ["side-by-side.mp4", "000-fish-seed0.mp4", "001-dog-face-seed0.mp4"]
+    clip = io.read(written[0])
+    assert clip.frames.shape[0] == 8 and clip.frames.shape[3] > 900, "teacher and student in one film"
     with pytest.raises(BadInput, match="trained for 2 step"):
         space.sample(build, ["fish"], 1, tmp_path, steps=4)
 
