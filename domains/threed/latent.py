@@ -31,6 +31,7 @@ from limbeck.domains.threed.scene import Growing, SceneStudent, Views, like
 
 PLAIN, SMALL, MOVED = 64, 8, 4  # pixels and latents along a side of plain pictures, how often each latent is moved
 BANK = 64  # pictures of noise
+FINE = 2**20  # steps of the tables in a unit
 POOL, SURFACE = 2**13, 2**12  # places that a guide is asked at, places on its surface
 SURE = 0.01  # an indicator counts as this far from 0 and 1
 
@@ -111,7 +112,7 @@ def table(x: Tensor, y: Tensor) -> Tensor:
     """The affine map [A+1,B] that is nearest to taking x [V,A] to y [V,B]."""
     rows = F.pad(x.double(), (0, 1), value=1.0)
     found: Tensor = torch.linalg.lstsq(rows, y.double()).solution
-    return found.float()
+    return (found * FINE).round().div(FINE).float()  # what should be 0 comes out as another 1e-17 at every call
 
 
 def build(config: settings.Latent, build: Build) -> SceneStudent:
