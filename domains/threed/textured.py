@@ -25,7 +25,7 @@ from limbeck.domains.threed import asset, fields, meshfile
 from limbeck.domains.threed import config as settings
 from limbeck.domains.threed.asset import Made
 from limbeck.domains.threed.bake import Texels, Textured, unwrap
-from limbeck.domains.threed.build_mesh import bounding_sphere
+from limbeck.domains.threed.build_mesh import barycentric, bounding_sphere
 from limbeck.domains.threed.cameras import Cameras
 from limbeck.domains.threed.config import Files
 from limbeck.domains.threed.scene import SceneStudent, Views
@@ -167,7 +167,7 @@ def _covered(corners: Tensor, cameras: Cameras) -> Iterator[tuple[Tensor, Tensor
     group = torch.unique_consecutive(ends.index_select(0, some) // PAIRS, return_counts=True)[1]
     for part in torch.split(some, group.tolist() or [0]):
         row, column, triangle = _boxes(low, span, part)
-        share = _shares(flat.index_select(0, triangle), torch.stack([column, row], 1) + 0.5)
+        share = barycentric(flat.index_select(0, triangle), torch.stack([column, row], 1) + 0.5)
         inside = (share >= -EDGE).all(1).nonzero()[:, 0]
         triangle = triangle.index_select(0, inside)
         inverse = (share.index_select(0, inside) / depth.index_select(0, triangle)).sum(1)
@@ -184,18 +184,6 @@ def _boxes(low: Tensor, span: Tensor, part: Tensor) -> tuple[Tensor, Tensor, Ten
     triangle, wide = part.index_select(0, which), width.index_select(0, which)
     first = low.index_select(0, triangle)
     return first[:, 1] + place // wide, first[:, 0] + place % wide, triangle
-
-
-def _shares(triangle: Tensor, point: Tensor) -> Tensor:
-    """Weights [K,3] of points [K,2] in triangles [K,3,2]; -1 for triangles without area."""
-    a, b, c = triangle.unbind(1)
-    area = _cross(b - a, c - a)
-    parts = torch.stack([_cross(c - b, point - b), _cross(a - c, point - c), _cross(b - a, point - a)], 1)
-    return torch.where(area[:, None].abs() > 1e-12, parts / area[:, None], -1.0)
-
-
-def _cross(a: Tensor, b: Tensor) -> Tensor:
-    return a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]
 
 
 def met(corners: Tensor, pixel: Tensor, cameras: Cameras) -> tuple[Tensor, Tensor, Tensor]:

@@ -71,6 +71,20 @@ def test_rates_move_parameters_by_their_factor(kind: str) -> None:
     assert all(torch.equal(again.state()[key], value) for key, value in player.state().items())
 
 
+def test_moments_come_back_laid_out_as_their_parameter() -> None:
+    """Sums and fused kernels follow the layout: a moment laid out otherwise gives other bits."""
+    layout = torch.arange(12.0).view(3, 4).T
+    player = Player("p", {"w": nn.Parameter(layout.clone())}, OptimConfig(kind="adam", lr=0.1), 10)
+    assert not player.params["w"].is_contiguous()
+    player.params["w"].grad = torch.ones(4, 3)
+    player.step(0)
+    saved = {key: value.contiguous() for key, value in player.state().items()}
+    again = Player("p", {"w": nn.Parameter(layout.clone())}, player.config, 10)
+    again.load(saved)
+    moment = again.state()["optim/w/exp_avg"]
+    assert moment.stride() == layout.stride() and torch.equal(moment, saved["optim/w/exp_avg"])
+
+
 def test_a_rate_for_no_parameter_is_refused() -> None:
     params = {"means": nn.Parameter(torch.zeros(3))}
     with pytest.raises(BadInput, match='has no mean_.*"means"'):
