@@ -93,10 +93,13 @@ class Learning:
         self.players = {self.tuning.player.name: self.tuning.player}
 
     def phases(self, ctx: Context) -> Iterator[Phase]:
-        """Trajectories without gradient, then the updates."""
-        found = ctx.once("trajectories", lambda: self.collect(ctx))
+        """Updates on one set of trajectories."""
         for _ in range(self.config.inner):
-            yield Phase((self.tuning.player.name,), lambda: self.loss(ctx, found))
+            yield Phase((self.tuning.player.name,), lambda: self.loss(ctx, self.found(ctx)))
+
+    def found(self, ctx: Context) -> Trajectories:
+        """This step's trajectories, drawn without gradient."""
+        return ctx.once("trajectories", lambda: self.collect(ctx))
 
     @torch.no_grad()
     def collect(self, ctx: Context) -> Trajectories:

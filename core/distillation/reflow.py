@@ -26,7 +26,6 @@ from limbeck.core.distillation.source import Source, plain
 from limbeck.core.run.build import Build
 from limbeck.core.run.context import Context
 from limbeck.core.run.errors import BadInput
-from limbeck.core.run.rng import Draws
 from limbeck.core.scheduled import Scheduled
 
 Legs = Callable[[Context], Leg]
@@ -90,7 +89,7 @@ class Straight:
     times: Law
     walk: settings.Pairing
     batches: int | None = None
-    kept: dict[int, tuple[Tensor, Tensor, Encoded]] = field(default_factory=dict)
+    kept: dict[tuple[int, int], tuple[Tensor, Tensor, Encoded]] = field(default_factory=dict)
 
     def __call__(self, ctx: Context) -> Leg:
         """x_t = alpha_t x0 + sigma_t z at a fresh t, and x0 at s = 0."""
@@ -102,12 +101,11 @@ class Straight:
     def pairs(self, ctx: Context) -> tuple[Tensor, Tensor, Encoded]:
         """Noise z, end x0 [b, *S] and condition of this step, or of the step whose pairs it uses again."""
         step = ctx.step if self.batches is None else ctx.step % self.batches
-        if step in self.kept:
-            return self.kept[step]
-        draws = Draws(ctx.draws.seed, step, ctx.global_batch, ctx.rank, ctx.world, ctx.draws.device)
-        made = self._walked(Context(step, ctx.stage, draws, ctx.world, ctx.rank, ctx.device))
+        if (step, ctx.part) in self.kept:
+            return self.kept[step, ctx.part]
+        made = self._walked(Context(step, ctx.stage, ctx.draws.of(step), ctx.world, ctx.rank, ctx.device))
         if self.batches is not None:
-            self.kept[step] = made
+            self.kept[step, ctx.part] = made
         return made
 
     @torch.no_grad()

@@ -149,10 +149,11 @@ class Making:
     def phases(self, ctx: Context) -> Iterator[Phase]:
         """This process's rows of the step's batch; no phase."""
         first = ctx.step * ctx.global_batch
-        rows = torch.arange(first + ctx.draws.rows.start, first + ctx.draws.rows.stop)
-        rows = rows[rows < self.walks.config.count]
-        if len(rows):
-            self.walks.states(rows)
+        for _ in ctx.each():
+            rows = torch.arange(first + ctx.draws.rows.start, first + ctx.draws.rows.stop)
+            rows = rows[rows < self.walks.config.count]
+            if len(rows):
+                self.walks.states(rows)
         ctx.log(FOLDER, float(min(self.walks.config.count, first + ctx.global_batch)))
         yield from ()
 

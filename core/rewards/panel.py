@@ -33,7 +33,7 @@ class Panel:
         if build.recipe.rewards is None:
             raise BadInput("this loss needs rewards: {train: […], held_out: […]} in the recipe")
         model: Model = build.piece("teacher")
-        listed = getattr(build.recipe.rewards, split)
+        listed = build.config(f"rewards.{split}")
         parts = [(as_reward(build.piece(f"rewards.{split}.{i}"), one.kind), one.weight) for i, one in enumerate(listed)]
         return cls(tuple(parts), model.codec)
 
@@ -89,7 +89,7 @@ class Judge:
 
     def due(self, ctx: Context) -> bool:
         """Whether this step ends with an evaluation."""
-        return (ctx.step + 1) % self.config.every == 0
+        return ctx.last and (ctx.step + 1) % self.config.every == 0
 
     def _evaluate(self, ctx: Context) -> None:
         sums = ctx.mean(self.sums.to(ctx.device)).cpu()

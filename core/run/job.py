@@ -221,7 +221,9 @@ class Job:
         if start and stage.init_from:
             load_weights(objective, self._origin(stage.init_from))
         r = self.recipe
-        return Trainer(objective, self.team, r.seed, stage.name, self.build.total_steps(stage), r.batch)
+        return Trainer(
+            objective, self.team, r.seed, stage.name, self.build.total_steps(stage), r.batch, parts=r.accumulate
+        )
 
     def _origin(self, source: str) -> Loaded:
         """The end of an earlier stage, or the newest checkpoint of another run's folder."""

@@ -127,7 +127,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def advice(recipe: Recipe, where: str) -> LimbeckError:
     """Out of memory, with the keys to change."""
-    keys = [f"--set batch={max(1, recipe.batch // 2)} (now {recipe.batch})"]
+    parts = next((n for n in range(recipe.accumulate + 1, recipe.batch + 1) if recipe.batch % n == 0), None)
+    keys = [f"--set accumulate={parts} (the same batch in {parts} parts)"] if parts else []
+    keys += [f"--set batch={max(1, recipe.batch // 2)} (now {recipe.batch})"]
     keys += ["--set precision=bf16 (now fp32)"] if recipe.precision == "fp32" else []
     keys += ["--processes N with --set distributed.shard=true"] if not recipe.distributed.shard else []
     return LimbeckError(f"out of memory {where}; try {', or '.join(keys)}")

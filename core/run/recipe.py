@@ -207,6 +207,7 @@ class Recipe(Strict):
     set: list[str] = []  # of a table: for every row
     steps: Count
     batch: Count
+    accumulate: Count = 1  # parts in which a batch is taken, one after the other: less memory, the same gradient
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
@@ -219,6 +220,8 @@ class Recipe(Strict):
     def _trains_something(self) -> "Recipe":
         if self.job == "train" and not self.stages:
             raise ValueError("job: train needs stages; add one with a name and losses")
+        if self.batch % self.accumulate:
+            raise ValueError(f"batch: {self.batch} is no multiple of accumulate: {self.accumulate}; change one of them")
         if (self.job == "table") != bool(self.rows):
             raise ValueError("job: table and rows: go together; give each row a recipe and a label")
         return self

@@ -31,11 +31,26 @@ class Draws:
     ) -> None:
         """`batch` is the global one; this process has `batch / world` rows of it."""
         if batch % world:
-            raise BadInput(f"batch {batch} cannot be shared by {world} processes; make it a multiple of {world}")
+            raise BadInput(
+                f"batch {batch} cannot be shared by {world} (processes times accumulate); make it a multiple of {world}"
+            )
         self.seed, self.step, self.batch, self.device = seed, step, batch, device
         local = batch // world
         self.rows = slice(rank * local, (rank + 1) * local)
         self._used: set[str] = set()
+
+    def split(self, parts: int) -> "list[Draws]":
+        """The same draws, their rows shared out: as many processes, one after the other, would have them."""
+        if parts == 1:
+            return [self]
+        size, rank = self.rows.stop - self.rows.start, self.rows.start
+        world, first = self.batch // size * parts, rank // size * parts
+        return [Draws(self.seed, self.step, self.batch, first + k, world, self.device) for k in range(parts)]
+
+    def of(self, step: int) -> "Draws":
+        """The same rows at another step."""
+        size = self.rows.stop - self.rows.start
+        return Draws(self.seed, step, self.batch, self.rows.start // size, self.batch // size, self.device)
 
     def gen(self, stream: str) -> Generator:
         """A CPU generator for the global batch (cut to `rows` afterwards)."""

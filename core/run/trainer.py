@@ -2,7 +2,7 @@
 
 import signal
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,6 +54,7 @@ class Trainer:
     batch: int
     cadence: Cadence = field(default_factory=Cadence)
     step: int = 0
+    parts: int = 1  # of a batch, one after the other: less memory, the same gradient
 
     def __post_init__(self) -> None:
         self.pending: dict[str, Tensor | float] = {}
@@ -93,7 +94,7 @@ class Trainer:
     def one_step(self) -> None:
         """Every phase that has a player due."""
         draws = Draws(self._seed, self.step, self.batch, self.team.rank, self.team.size, self.team.device)
-        ctx = Context(self.step, self.stage, draws, self.team.size, self.team.rank, self.team.device)
+        ctx = Context(self.step, self.stage, draws, self.team.size, self.team.rank, self.team.device, self.parts)
         for phase in self.objective.phases(ctx):
             due = tuple(name for name in phase.players if self.objective.players[name].due(self.step))
             if due:
@@ -103,14 +104,13 @@ class Trainer:
         self.step += 1
 
     def run_phase(self, phase: Phase, due: tuple[str, ...], ctx: Context) -> None:
-        """One backward and one update of the players that are due."""
+        """One backward (of each part of the batch) and one update of the players that are due."""
         players = [self.objective.players[name] for name in due]
         self.toggle(due)
-        with self.team.autocast():
-            terms = phase.loss()
-            total = guard.total(phase.players, terms)
-        (total * self.scale.value if self.scale else total).backward()  # type: ignore[no-untyped-call]
-        loss = self.team.mean_gradients([p for player in players for p in player.tensors], total.detach())
+        parts = [self.backward(phase) for _ in ctx.each()]
+        terms = {key: mean([found[key] for found, _ in parts]) for key in parts[0][0]}
+        total = mean([found for _, found in parts])
+        loss = self.team.mean_gradients([p for player in players for p in player.tensors], total)
         norms = guard.check(players, terms, loss, ctx.step, self.scale)
         if norms is None:
             return
@@ -123,6 +123,15 @@ class Trainer:
         for key, value in terms.items():
             ctx.log(f"{players[0].name}/{key.lstrip('_')}", value)
         ctx.log(f"loss/{players[0].name}", loss)
+
+    def backward(self, phase: Phase) -> tuple[dict[str, Tensor], Tensor]:
+        """Adds this part's share to the gradients; the detached terms and their sum."""
+        with self.team.autocast():
+            terms = phase.loss()
+            total = guard.total(phase.players, terms)
+        scale = (self.scale.value if self.scale else 1.0) / self.parts
+        (total if scale == 1 else total * scale).backward()  # type: ignore[no-untyped-call]
+        return {key: value.detach() for key, value in terms.items()}, total.detach()
 
     def toggle(self, names: tuple[str, ...]) -> None:
         """Only these players' parameters require grad."""
@@ -187,6 +196,11 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def mean(parts: Sequence[Tensor]) -> Tensor:
+    """The mean of what a batch's parts gave."""
+    return parts[0] if len(parts) == 1 else torch.stack(list(parts)).mean(0)
 
 
 def _require(player: Player, on: bool) -> None:
