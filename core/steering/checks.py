@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from limbeck.core.diffusion.denoiser import Denoiser, Encoded, Prediction
-from limbeck.core.diffusion.mixture import GaussianMixture
+from limbeck.core.diffusion.discrete import MaskProcess
+from limbeck.core.diffusion.mixture import GaussianMixture, TokenTable
 from limbeck.core.diffusion.process import VP
-from limbeck.core.diffusion.sampling import Step, ddim, first_hitting
+from limbeck.core.diffusion.sampling import Kernel, Step, ddim, first_hitting, mask, trajectory
 from limbeck.core.rewards.toy import LENGTH, MASK, Words, variation
 from limbeck.core.run.checks import Check
 from limbeck.core.run.rng import generator
+from limbeck.core.steering.gradient import GradientGuided
 from limbeck.core.steering.noise import Ascent, off_shell, optimise
 from limbeck.core.steering.particles import Potential, Scheme, Steered, Steering, Twisted, best_of, importance, steer
 from limbeck.core.steering.value import Choice, lookahead, plug_in, select
@@ -124,6 +126,51 @@ def twisted_tilt() -> list[Check]:
         Check("words, 64 particles: total variation", words_steered(64, twist=True)[0], 0.04, "<="),
         Check("4 twisted over 4 plain particles", moved / plain, 0.7, "<="),
         Check("hills, 16 particles: mean against the tilt's", hills, 0.1, "<="),
+    ]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Two independent letters of three and a reward that is a sum over letters: tilted by itself, each stays alone."""
+
+    teacher: Denoiser
+    single: Tensor  # p of each letter [2,3]
+    reward: Tensor  # of each letter [2,3]
+
+    @classmethod
+    def of(cls) -> Pairs:
+        """The pair of the check."""
+        single = torch.softmax(torch.tensor([[0.3, 0.1, -0.5], [0.0, 1.0, 0.2]], dtype=torch.float64), 1)
+        reward = torch.tensor([[0.5, -0.2, 0.1], [0.0, 0.7, -0.6]], dtype=torch.float64)
+        return cls(TokenTable(single[0][:, None] * single[1], MaskProcess(3)), single, reward)
+
+    def linear(self, rows: Tensor) -> Tensor:
+        """r [B] of rows [B,2,3]."""
+        return (rows.double() * self.reward).sum((1, 2))
+
+    def tilt(self, scale: float) -> Tensor:
+        """p e^(scale r) over the nine."""
+        one, two = torch.softmax(self.single.log() + scale * self.reward, 1)
+        return (one[:, None] * two).flatten()
+
+    def guided(self, scale: float, kernel: Kernel, n: int = 40_000) -> Tensor:
+        """The law of pairs drawn under classifier guidance, over the nine."""
+        gen, x = generator(0, "check.cg", 0), torch.full((n, 2), 3)
+        for step in trajectory(
+            GradientGuided(self.teacher, self.linear, scale), kernel, x, torch.linspace(1, 0, 9), gen=gen
+        ):
+            x = step.x_next
+        return torch.bincount(x[:, 0] * 3 + x[:, 1], minlength=9).double() / n
+
+
+def cg_tilt() -> list[Check]:
+    """Classifier guidance is exact where its first order is: a linear reward on independent letters."""
+    pairs = Pairs.of()
+    return [
+        Check("scale 0: from the model", variation(pairs.guided(0.0, mask()), pairs.tilt(0)), 0.01, "<="),
+        Check("scale 2: from the tilt", variation(pairs.guided(2.0, mask()), pairs.tilt(2)), 0.01, "<="),
+        Check("one letter a step", variation(pairs.guided(2.0, first_hitting()), pairs.tilt(2)), 0.01, "<="),
+        Check("the model from the tilt", variation(pairs.tilt(0), pairs.tilt(2)), 0.2, ">="),
     ]
 
 
