@@ -62,13 +62,16 @@ def small_sequences(name: str, folder: Path) -> list[str]:
         return [*sets, "student.of.width=8"]
     if name == "sequence/drakes-protein":
         return [*sets, "batch=2", "student.steps=2", "stages.0.losses.0.walk.steps=3", "stages.0.losses.0.last=2"]
-    sets += [f"teacher.model={folder / 'model'}", "student.steps=2", "stages.0.losses.0.walk.steps=3"]
+    tuned = f"stages.{len(recipes.source(name).data['stages']) - 1}"
+    sets += [f"teacher.model={folder / 'model'}", "student.steps=2", f"{tuned}.losses.0.walk.steps=3"]
     data, oracle = recipes.source(name).data, folder / "oracle.safetensors"
     if data["rewards"]["train"][0].get("of", {}).get("kind") == "sequence.oracle":
         sets += [f"rewards.train.0.of.model={oracle}", f"rewards.held_out.0.model={oracle}"]
         sets += [f"data.by={oracle}", "data.among=64"]
-    loss = recipes.source(name).data["stages"][0]["losses"][0]
-    return [*sets, *(["stages.0.losses.0.last=2"] if loss["kind"] == "drakes" else [])]
+    if name == "sequence/drakes-splice":
+        sets += ["stages.0.steps=2", "data.regions=16", "data.least=0.5"]
+    loss = recipes.source(name).data["stages"][-1]["losses"][0]
+    return [*sets, *([f"{tuned}.losses.0.last=2"] if loss["kind"] == "drakes" else [])]
 
 
 def small_clips(name: str) -> list[str]:
@@ -98,8 +101,10 @@ def small_assets(name: str) -> list[str]:
         tiny = "student.texture=16" if kind == "threed.mesh" else "student.field.size=6"
         return [*sets, "teacher={kind: threed.fresh, widths: [8, 8, 8], hidden: 16}", tiny]
     if kind == "threed.latent":  # pictures begin between the stop and the end
-        sets += ["teacher.of={kind: threed.solids, size: 8}", "data.size=[[3, 4], [4, 8]]", "student.rgb=4"]
+        sets += ["teacher.of={kind: threed.solids, size: 8}", "data.size=[[66.67%, 4], [66.67%, 8]]"]
         return [*sets, f"data.prompt={SOLID}", "student.of.field.size=6"]
+    if name == "threed/grown-gaussians":
+        sets += ["stages.0.losses.1.every=2"]  # once before the stop and once after it
     if kind == "threed.amortised":
         sets += [f"data.prompts=[{SOLID}, a green and yellow torus with a red patch]", "student.width=8"]
     sets += [f"data.prompt={SOLID}", "teacher={kind: threed.solids, size: 8}", "data.size=8"]

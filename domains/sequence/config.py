@@ -64,7 +64,7 @@ class Tuned(Strict):
     """The teacher to be tuned, with its walk of `steps`."""
 
     steps: Count = 64
-    places: bool = False  # adds logits of each place, at first 0, for goals that lie at places (nets of kind cnn)
+    places: bool = False  # adds an embedding of each place, at first 0, for goals that lie at places (nets of kind cnn)
 
 
 class Designs(Strict):
@@ -96,6 +96,17 @@ class Windows(Strict):
     best: Share | None = None  # of `among` windows, those that `by` scores highest are learned from; null: all are
     by: str = "fly-a"  # an oracle: an embedded one, or the run of your own
     among: Count = 32768
+
+
+class SpliceSites(Strict):
+    """Natural windows of 200 bases in which a natural donor and a natural acceptor site stand at fixed places."""
+
+    role: Literal["generator", "oracle-a", "oracle-b"] = "generator"
+    template: str = ""  # what tuning starts from
+    donor: Count = 61  # the first base of the intron, counted from 1
+    acceptor: Count = 140  # the last base of the intron
+    least: Share = 0.95  # probability of a site that counts
+    regions: Count = 1024  # of the fly, among which sites are sought
 
 
 class Fasta(Strict):

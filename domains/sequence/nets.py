@@ -29,7 +29,7 @@ class DilatedCNN(nn.Module):
     """The DNA net of DRAKES (after Stark et al. 2024) without its time input: dilated convolutions over the sequence.
 
     Any length; the first layer is linear in the rows, so that soft rows are legal input. With `places` the length is
-    fixed, and logits [L,V] of each place are added, which convolutions alone cannot tell apart.
+    fixed, and an embedding [W,L] tells places apart, which convolutions alone cannot.
     """
 
     meta: dict[str, Any]  # what the net was made from, for whoever saves it
@@ -37,7 +37,7 @@ class DilatedCNN(nn.Module):
     def __init__(self, size: int, width: int, kernel: int, dilations: list[int], places: int = 0) -> None:
         super().__init__()
         self.size = size
-        self.places = nn.Parameter(torch.zeros(places, size)) if places else None
+        self.places = nn.Parameter(torch.zeros(width, places)) if places else None
         self.embed = nn.Conv1d(size + 1, width, kernel, padding=kernel // 2)
         self.blocks = nn.ModuleList(Block(width, kernel, dilation) for dilation in dilations)
         self.out = nn.Sequential(nn.GroupNorm(1, width), nn.GELU(), nn.Conv1d(width, size, 1))
@@ -45,10 +45,11 @@ class DilatedCNN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B,L,V] of ids [B,L] or rows [B,L,V+1]."""
         h = self.embed(rows(x, self.size).to(self.embed.weight.dtype).transpose(1, 2))
+        h = h if self.places is None else h + self.places
         for block in self.blocks:
             h = block(h)
         logits: Tensor = self.out(h).transpose(1, 2)
-        return logits if self.places is None else logits + self.places
+        return logits
 
 
 def thinned(h: Tensor, share: float, gen: torch.Generator | None) -> Tensor:

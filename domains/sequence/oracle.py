@@ -186,7 +186,7 @@ def learned_again(build: Build, data: Labelled) -> nn.Module:
     """A fresh student on other data, with the recipe's own loss, steps and batch (plain Adam at its rate)."""
     recipe = build.recipe
     student: nn.Module = build.part("student", recipe.student)
-    config = recipe.stages[-1].losses[0]
+    config = build.config(f"stages.{len(recipe.stages) - 1}.losses.0")
     fit = fitting(config, replace(build), student, data)
     optimiser = torch.optim.Adam(student.parameters(), lr=1e-3)
     for step in range(recipe.steps):

@@ -49,11 +49,11 @@ def tuned(config: settings.Tuned, build: Build) -> ManyStep:
 
 
 def placed(denoiser: Denoiser, length: int) -> None:
-    """Gives a net logits of each place, and says so in what it was made from."""
+    """Gives a net an embedding of each place, at first 0, and says so in what it was made from."""
     net: Any = getattr(getattr(denoiser, "network", None), "net", None)
     if not isinstance(net, DilatedCNN):
         raise BadInput("student.places: this model is no cnn and knows its places already; leave it out")
-    net.places = nn.Parameter(net.embed.weight.new_zeros(length, net.size))
+    net.places = nn.Parameter(net.embed.weight.new_zeros(net.embed.out_channels, length))
     net.meta = {**net.meta, "net": {**net.meta["net"], "places": length}}
 
 

@@ -5,8 +5,8 @@ import torch
 
 from limbeck.core.run.errors import BadInput
 from limbeck.core.run.rng import generator
-from limbeck.domains.sequence import splice, tokens
-from limbeck.domains.sequence.config import Splice
+from limbeck.domains.sequence import sites, splice, tokens
+from limbeck.domains.sequence.config import Splice, SpliceSites
 from limbeck.domains.sequence.text import DNA
 
 DONOR = "AACAGGTAAGTATTTTCA"
@@ -63,3 +63,32 @@ def test_a_place_too_near_an_end_says_which_fit() -> None:
         value("A" * 20, site="acceptor", position=9)
     with pytest.raises(BadInput, match="reads DNA or RNA"):
         reward(site="donor", position=6)(torch.zeros(1, 18, 20), {})
+
+
+def planted(**config) -> sites.Planted:
+    class Here:
+        device, seed = torch.device("cpu"), 0
+        note = staticmethod(lambda text: None)
+
+    return sites.build(SpliceSites(regions=16, least=0.6, **config), Here())
+
+
+def test_natural_sites_stand_at_their_places_in_natural_windows() -> None:
+    data = planted(donor=21, acceptor=170)
+    x = data.batch(64, generator(0, "t", 0), slice(0, 64)).x
+    for site, place, letters in (("donor", 21, (2, 3)), ("acceptor", 170, (0, 2))):
+        found = reward(site=site, position=place)(tokens.onehot(x, 4), {})
+        beside = reward(site=site, position=place - 1)(tokens.onehot(x, 4), {})
+        assert float(found.min()) >= 0.6 and float(beside.median()) < 0.5
+        first = place - 1 if site == "donor" else place - 2
+        assert x[:, first : first + 2].unique(dim=0).tolist() == [list(letters)]
+    assert len(x.unique(dim=0)) == 64
+    halves = [data.batch(64, generator(0, "t", 0), rows).x for rows in (slice(0, 20), slice(20, 64))]
+    assert torch.equal(torch.cat(halves), x)
+
+
+def test_sites_that_cannot_be_had_say_so() -> None:
+    with pytest.raises(BadInput, match="overlaps; move them apart"):
+        planted(donor=100, acceptor=140)
+    with pytest.raises(BadInput, match="sequence.splice: acceptor at position 199 of 200"):
+        planted(acceptor=199)
