@@ -14,6 +14,7 @@ from limbeck.core.run.players import Objective, Player, compose
 from limbeck.core.run.recipe import Recipe, Stage
 from limbeck.core.run.registry import Registry, registry
 from limbeck.core.run.rng import derive
+from limbeck.core.scheduled import in_steps
 
 LISTS = {"eval": "metric", "rewards": "reward"}  # `eval.0`, `rewards.train.0` are slots too
 
@@ -22,12 +23,14 @@ LISTS = {"eval": "metric", "rewards": "reward"}  # `eval.0`, `rewards.train.0` a
 class Batch:
     """Real data: samples [b, *S] (None where only prompts are asked for), one prompt a row, and what else is known.
 
-    `cond` has rows that join the encoded prompts as they are (the camera of a view).
+    `cond` has rows that join the encoded prompts as they are (the camera of a view); `encoded` samples are latents of
+    the run's teacher already.
     """
 
     x: Tensor | None
     prompts: list[str]
     cond: dict[str, Tensor] = field(default_factory=dict)
+    encoded: bool = False
 
 
 class Data(Protocol):
@@ -93,12 +96,24 @@ class Build:
             slot = f"stages.{self.recipe.stages.index(self.stage)}.data"
         if slot not in self._pieces:
             kind = LISTS.get(slot.split(".")[0], slot.rpartition(".")[2])
-            self._pieces[slot] = self._make(kind, slot, self._config(slot))
+            self._pieces[slot] = self._make(kind, slot, self.config(slot))
         return self._pieces[slot]
 
     def part(self, kind: str, config: Any, name: str = "") -> Any:
         """A piece inside another one's settings (`of: {kind: …}`), made anew at each call, with the seed of `name`."""
         return self._make(kind, f"{kind}/{config.kind}{'/' if name else ''}{name}", config)
+
+    def config(self, slot: str) -> Any:
+        """The settings in this slot, shares as steps: of its stage inside `stages`, of the recipe elsewhere."""
+        value: Any = self.recipe
+        parts = slot.split(".")
+        for part in parts:
+            inside = isinstance(value, list) and part.isdigit() and int(part) < len(value)
+            value = value[int(part)] if inside else getattr(value, part, None)
+        if value is None:
+            raise BadInput(f"the recipe {self.recipe.name} has no {slot}; add `{slot}: {{kind: …}}`")
+        staged = parts[0] == "stages"
+        return in_steps(value, self.total_steps(self.recipe.stages[int(parts[1])]) if staged else self.recipe.steps)
 
     def has(self, slot: str) -> bool:
         """Whether the recipe (or, for `data`, the stage being built) fills this slot."""
@@ -108,8 +123,9 @@ class Build:
         """A fresh objective of this stage, all its losses composed."""
         self.stage = stage = self.stage_of(stage)
         self._players = {}
-        parts = [self._make("objective", f"{stage.name}.losses.{i}", loss) for i, loss in enumerate(stage.losses)]
-        return compose(parts, [loss.weight for loss in stage.losses])
+        losses = in_steps(stage.losses, self.total_steps())
+        parts = [self._make("objective", f"{stage.name}.losses.{i}", loss) for i, loss in enumerate(losses)]
+        return compose(parts, [loss.weight for loss in losses])
 
     def player(self, name: str, params: Mapping[str, nn.Parameter] | nn.Module, config: OptimConfig) -> Player:
         """The stage's player of this name: losses that train the same net share one player."""
@@ -137,15 +153,6 @@ class Build:
     def forget(self) -> None:
         """Drop every piece but the data, so that the next stage starts from fresh ones."""
         self._pieces = {slot: piece for slot, piece in self._pieces.items() if slot.endswith("data")}
-
-    def _config(self, slot: str) -> Any:
-        value: Any = self.recipe
-        for part in slot.split("."):
-            inside = isinstance(value, list) and part.isdigit() and int(part) < len(value)
-            value = value[int(part)] if inside else getattr(value, part, None)
-        if value is None:
-            raise BadInput(f"the recipe {self.recipe.name} has no {slot}; add `{slot}: {{kind: …}}`")
-        return value
 
     def _make(self, kind: str, slot: str, config: Any) -> Any:
         """Call the factory under its own seed; the global generator is as before afterwards."""

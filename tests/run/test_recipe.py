@@ -1,13 +1,15 @@
 """Recipes as data: what is read, merged and set, and what the errors say."""
 
 import hashlib
+import re
 from pathlib import Path
 
 import pytest
 
 from limbeck.core.run import recipe, yamlio
+from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput
-from limbeck.core.scheduled import at
+from limbeck.core.scheduled import at, in_steps
 
 BASE = "about: a sample job\njob: sample\nsteps: 10\nbatch: 4\n"
 
@@ -137,11 +139,61 @@ def test_scheduled_values() -> None:
     assert at([(10, 2.0)], 0) == at([(10, 2.0)], 99) == at(2, 5) == 2.0
 
 
+def test_two_pairs_at_one_step_are_a_jump() -> None:
+    pairs = [(0, 1.0), (2, 3.0), (2, 8.0), (4, 8.0)]
+    assert [at(pairs, step) for step in range(5)] == [1.0, 2.0, 8.0, 8.0, 8.0]
+
+
+LR = "stages.0.losses.0.optim.lr"
+
+
+@pytest.mark.parametrize(("steps", "own"), [(1600, None), (800, None), (100, 400)])
+def test_shares_stretch_with_the_steps_of_their_stage(steps: int, own: int | None, tmp_path: Path) -> None:
+    sets = [f"steps={steps}", f"{LR}=[[25%, 1.0], [75%, 0.5]]", "stages.0.losses.0.weight=[[50%, 1.0], [50%, 3.0]]"]
+    found = recipe.load("toy/ring4", sets + [f"stages.0.steps={own}"] * bool(own))
+    long, build = own or steps, Build(found)
+    player = build.objective("match").players["student"]
+    assert [player.lr(share * long // 4) for share in range(5)] == [1.0, 1.0, 0.75, 0.5, 0.5]
+    assert build.config("stages.0.losses.0.weight") == [(long // 2, 1.0), (long // 2, 3.0)]
+    assert build.config("stages.0").name == "match"
+    again = recipe.load(write(tmp_path, recipe.dump(found)))  # as a run folder keeps it: shares
+    assert again == found and "50%" in recipe.dump(again)
+    assert recipe.load(write(tmp_path, recipe.dump(found)), ["seed=1"]).stages[0].losses[0].optim.lr[0][0] == "25%"
+
+
+def test_shares_outside_stages_are_of_the_recipe() -> None:
+    found = Build(recipe.load("threed/latent-nerf", ["steps=600", "stages.0.steps=50"]))
+    assert found.config("student").rgb == 400
+    assert found.config("data").size == [(400, 16.0), (400, 32.0)]
+    assert in_steps({"a": (found.recipe.student.rgb, "50%")}, 30) == {"a": (20, "50%")}  # a prompt stays what it is
+
+
+@pytest.mark.parametrize(
+    ("pairs", "words"),
+    [
+        ("[[0%, 1.0], [50, 0.1]]", "not both"),
+        ("[[0, 1.0], [50%, 0.1]]", "not both"),
+        ("[[50%, 1.0], [5%, 0.1]]", "rising steps"),
+        ("[[0%, 1.0], [100.5%, 0.1]]", "from 0% to 100%"),
+        ("[[0%, 1.0], [half, 0.1]]", "from 0% to 100%"),
+        ("[]", "rising steps"),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused(pairs: str, words: str) -> None:
+    assert words in refused("toy/ring4", f"{LR}={pairs}")
+
+
+def test_a_step_alone_may_be_a_share() -> None:
+    assert "from 0% to 100%" in refused("threed/latent-nerf", "student.rgb=101%")
+    assert Build(recipe.load("threed/latent-nerf", ["student.rgb=7"])).config("student").rgb == 7
+
+
 @pytest.mark.parametrize("name", recipe.names())
 def test_every_recipe_is_valid_short_and_documented(name: str) -> None:
     found = recipe.load(name)
     text = recipe.registry().recipe(name).read_text()
     assert len(text.splitlines()) <= 40
+    assert not re.search(r"\[\[\d+,", text), "a schedule in steps does not stretch with --steps; say shares: 50%"
     assert found.about and found.name == name
     assert found.expect is not None
     assert recipe.load(name) == found
