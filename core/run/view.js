@@ -11,7 +11,8 @@ const moving = (file) => /\.(mp4|webm)$/i.test(file.path);
 const table = (rows) => make("table", {}, make("tbody", {}, ...rows.map(([key, value]) =>
   make("tr", {}, make("th", { textContent: key }), make("td", { textContent: value })))));
 const media = (file) => moving(file)
-  ? make("video", { src: address(file), muted: true, loop: true, autoplay: true, controls: true, playsInline: true })
+  ? make("video", { src: address(file), muted: true, loop: true, autoplay: true, playsInline: true,
+    onpointerenter: (event) => { event.target.controls = true; }, onpointerleave: (event) => { event.target.controls = false; } })
   : make("img", { src: address(file), alt: file.path, loading: "lazy" });
 const linked = (file) => moving(file) ? media(file) : make("a", { href: address(file), target: "_blank" }, media(file));
 const figure = (file) => make("figure", {}, linked(file), make("figcaption", { textContent: [file.path, ...file.facts.map((fact) => fact.join(" "))].join(" · ") }));
@@ -112,6 +113,39 @@ async function splat(file, wanted) {
   };
 }
 
+// Side by side: what was made of each prompt (files of one name), those of a training step under one slider.
+
+function showSides(files) {
+  const facts = (file) => Object.fromEntries(file.facts), name = (file) => file.path.split("/").pop();
+  const steps = [...new Set(files.map((file) => file.step).filter((step) => step !== null))].sort((a, b) => a - b);
+  const slider = $("sidestep"), last = steps.length - 1;
+  const start = slider.value === slider.max ? last : slider.value;
+  Object.assign(slider, { max: Math.max(last, 0), value: start, hidden: last < 1 });
+  const side = (file) => make("figure", {}, linked(file), make("figcaption", { textContent: facts(file).title }));
+  const cards = [...new Set(files.map(name))].sort().map((one) => {
+    const own = files.filter((file) => name(file) === one), place = make("div", { className: "sides" });
+    const fixed = own.filter((file) => file.step === null).map(side);
+    const draw = () => place.replaceChildren(...fixed, ...own.filter((file) => file.step === steps[slider.value]).map(side));
+    return { draw, card: make("div", {}, make("p", { textContent: facts(own[0]).prompt }), place) };
+  });
+  slider.oninput = () => {
+    $("sidelabel").textContent = last < 0 ? "" : "step " + steps[slider.value].toLocaleString("en");
+    cards.forEach((one) => one.draw());
+    together("siderow");
+  };
+  $("siderow").replaceChildren(...cards.map((one) => one.card));
+  slider.oninput();
+}
+
+async function together(row) {
+  const clips = [...$(row).querySelectorAll("video")];
+  await Promise.all(clips.map((clip) => clip.readyState > 2 || new Promise((done) => clip.addEventListener("canplay", done, { once: true }))));
+  for (const clip of clips.filter((one) => one.isConnected)) {
+    clip.currentTime = 0;
+    clip.play().catch(() => {}); // it was replaced meanwhile
+  }
+}
+
 // Compare steps: the same sheet at two steps, each under its slider.
 
 function showSteps(files) {
@@ -148,6 +182,7 @@ function show(run) {
     $("which").onchange = draw;
     draw();
   });
+  section("sides", of("side"), showSides);
   section("steps", of("step"), (files) => {
     const folder = (file) => file.path.slice(0, file.path.lastIndexOf("/"));
     options($("series"), [...new Set(files.map(folder))], $("series").value);
@@ -175,8 +210,6 @@ async function ask() {
   setTimeout(ask, EVERY);
 }
 
-$("together").onclick = () => document.querySelectorAll("#cliprow video").forEach((clip) => {
-  clip.currentTime = 0;
-  clip.play();
-});
+$("together").onclick = () => together("cliprow");
+$("sidetogether").onclick = () => together("siderow");
 ask();

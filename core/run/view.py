@@ -27,6 +27,7 @@ TYPES = {
     ".glb": "model/gltf-binary", ".splat": "application/octet-stream", ".ply": "application/octet-stream",
 }  # fmt: skip
 KINDS = {".glb": "model", ".splat": "splat", ".mp4": "clip", ".webm": "clip", ".gif": "clip"}
+SIDE = {"prompt", "title"}  # facts of a clip or picture that stands beside others of its file name: who made it of what
 MOST_FILES, MOST_FACTS, MOST_LINKS = 2000, 200, 32  # files of a run, of facts in a folder, connections
 MOST_TOLD, TAIL, CHUNK = 2**16, 2**16, 2**20  # bytes of a file of facts, of the log's end, of a file at a time
 SELF = "'self'"
@@ -74,14 +75,16 @@ def described(folder: Path) -> Iterator[dict[str, Any]]:
         if path.parent not in facts:
             facts[path.parent] = _facts(path.parent)
         with contextlib.suppress(FileNotFoundError):  # a run that goes on replaces files
-            kind, status, step = kind_of(path), path.stat(), report.STEP.match(path.name)
+            kind, status, told = kind_of(path), path.stat(), facts[path.parent].get(path.name, [])
+            step = report.STEP.match(path.name) or report.STEP.match(path.parent.name)
+            beside = kind in ("clip", "picture") and SIDE <= {key for key, _ in told}
             yield {
                 "path": path.relative_to(folder).as_posix(),
-                "kind": kind,
+                "kind": "side" if beside else kind,
                 "step": int(step[1]) if step else None,
                 "bytes": status.st_size,
                 "version": str(status.st_mtime_ns),
-                "facts": facts[path.parent].get(path.name, []),
+                "facts": told,
             }
 
 
@@ -111,17 +114,29 @@ def kind_of(path: Path) -> str:
 
 
 def _facts(folder: Path) -> dict[str, list[list[str]]]:
-    """Facts by the name of the file that they are about: one of the same stem, or one listed under `files`."""
+    """Facts by the name of the file that they are about: one of the same stem, or one under `files`.
+
+    `files` is a list of names, or has further facts for each name.
+    """
     out: dict[str, list[list[str]]] = {}
     files = sorted(folder.iterdir())
     for path in [file for file in files if file.suffix == ".json" and not file.is_symlink()][:MOST_FACTS]:
         data = report.json_of(path) if path.stat().st_size <= MOST_TOLD else None
         if isinstance(data, dict):
-            listed = data.pop("files", None)
-            told = [[key, text] for key, text in report.flat(data)]
+            listed, told = data.pop("files", None), _pairs(data)
             beside = [file.name for file in files if file.stem == path.stem and file != path]
-            out |= dict.fromkeys([*beside, *map(str, listed if isinstance(listed, list) else ())], told)
+            named = (
+                listed
+                if isinstance(listed, dict)
+                else dict.fromkeys(map(str, listed if isinstance(listed, list) else ()))
+            )
+            out |= dict.fromkeys(beside, told)
+            out |= {name: told + _pairs(own if isinstance(own, dict) else {}) for name, own in named.items()}
     return out
+
+
+def _pairs(data: dict[str, Any]) -> list[list[str]]:
+    return [[key, text] for key, text in report.flat(data)]
 
 
 def last_row(folder: Path) -> dict[str, Any]:

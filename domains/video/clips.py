@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from limbeck.core.diffusion.codec import Codec, Identity
+from limbeck.core.distillation.shards import hashed
 from limbeck.core.run.build import Batch, Build
 from limbeck.core.run.context import Context
 from limbeck.core.run.errors import BadInput, clean
+from limbeck.core.stored_states import Stored, fingerprint
 from limbeck.domains.video import config as settings
 from limbeck.domains.video.io import Video
 
 LIST = "captions.jsonl"
 KEYS = {"file", "caption"}
+PACKAGES = {"pyav": "av"}  # where a decoder's package has another name
 ENDINGS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".flv", ".ogv", ".gif", ".webp"}
 
 
@@ -67,11 +72,38 @@ def _beside(folder: Path) -> Iterator[tuple[Path, str]]:
             yield path, " ".join(text.read_text("utf-8", "replace").split())
 
 
+def decoded(video: Video, numbers: list[int], size: tuple[int, int]) -> Tensor:
+    """Frames [3,F,H,W] in [-1,1] of this size."""
+    return video.frames(numbers, lambda frame: fitted(frame, *size)).transpose(0, 1)
+
+
+class Latents:
+    """Cuts as latents of a codec, each encoded once for all runs, and alone: no other has a part in its bits."""
+
+    def __init__(self, codec: Codec, device: torch.device) -> None:
+        self.codec, self.device = codec, device
+        self.stored = Stored("clips", lambda: fingerprint(codec, decoded, Video))
+        self.sums: dict[Path, str] = {}  # of the files
+
+    def of(self, video: Video, numbers: list[int], size: tuple[int, int]) -> Tensor:
+        """[*S] on the CPU."""
+        if video.path not in self.sums:
+            self.sums[video.path] = hashed(video.path)
+        decoder = f"{video.decoder} {version(PACKAGES.get(video.decoder, video.decoder))}"
+        key = json.dumps([self.sums[video.path], numbers, size, decoder])
+        return self.stored.of(key, lambda: {"x": self.encoded(video, numbers, size)})["x"]
+
+    def encoded(self, video: Video, numbers: list[int], size: tuple[int, int]) -> Tensor:
+        """The same, made anew."""
+        return self.codec.encode(decoded(video, numbers, size)[None].to(self.device))[0]
+
+
 class Clips:
     """The slot `data`: which clip and where it is cut depends on the step's generator alone; a resume repeats it."""
 
-    def __init__(self, config: settings.Folder) -> None:
-        self.config = config
+    def __init__(self, config: settings.Folder, build: Build | None = None) -> None:
+        self.config, self.build = config, build
+        self.kept: Latents | None = None
         self.span = (config.frames - 1) / config.fps  # seconds from the first frame's time to the last one's
         rows = captioned(Path(config.path).expanduser())
         self.videos = [Video.open(path, config.reader) for path, _ in rows]
@@ -83,18 +115,41 @@ class Clips:
             less = f"{len(short)} of {len(rows)} clips have less ({first})"
             raise BadInput(f"{clean(config.path)}: {needed} and {less}; take them out or lower data.frames")
 
-    def batch(self, n: int, gen: Generator, rows: slice) -> Batch:
-        """x [b,3,F,H,W] in [-1,1], captions and cond fps [b]: rows of a batch of n; only they are decoded."""
+    def drawn(self, n: int, gen: Generator, rows: slice) -> list[tuple[int, float]]:
+        """Which clip, and where in [0,1) it is cut: rows of a batch of n."""
         which = torch.randint(len(self.videos), (n,), generator=gen)[rows].tolist()
-        where = torch.rand(n, dtype=torch.float64, generator=gen)[rows].tolist()
-        x = torch.stack([self.cut(self.videos[i], u) for i, u in zip(which, where, strict=True)])
-        return Batch(x, [self.captions[i] for i in which], {"fps": torch.full((len(which),), self.config.fps)})
+        where = torch.rand(n, dtype=torch.float64, generator=gen)[rows]
+        if self.config.cuts is not None:
+            where = ((where * self.config.cuts).floor() + 0.5) / self.config.cuts
+        return list(zip(which, where.tolist(), strict=True))
 
-    def cut(self, video: Video, u: float) -> Tensor:
-        """[3,F,H,W] at even times; u in [0,1) says where it begins: from the file's start to the last place it can."""
+    def batch(self, n: int, gen: Generator, rows: slice) -> Batch:
+        """x [b,3,F,H,W] in [-1,1], captions and cond fps [b]: rows of a batch of n; only they are decoded.
+
+        With `cuts`, a teacher of latents is given them [b,*S], encoded once for all runs.
+        """
+        drawn, latents = self.drawn(n, gen, rows), self.latents()
+        cuts = [(self.videos[i], self.numbers(self.videos[i], u)) for i, u in drawn]
+        size = self.config.size
+        x = torch.stack([latents.of(*cut, size) if latents else decoded(*cut, size) for cut in cuts])
+        told = [self.captions[i] for i, _ in drawn]
+        fps = torch.full((len(drawn),), self.config.fps)
+        return Batch(x, told, {"fps": fps}, encoded=latents is not None)
+
+    def latents(self) -> Latents | None:
+        """What keeps them, where cuts come again, the teacher has latents, and its student learns from these clips."""
+        if self.config.cuts is None or self.build is None or self.build.piece("data") is not self:
+            return None
+        codec = self.build.piece("teacher").codec
+        if self.kept is None or self.kept.codec is not codec:
+            self.kept = Latents(codec, self.build.device)
+        return None if isinstance(codec, Identity) else self.kept
+
+    def numbers(self, video: Video, u: float) -> list[int]:
+        """Frames of a cut at even times; u in [0,1) says where it begins: from the file's start to the last place."""
         times = u * (video.duration - self.span) + torch.arange(self.config.frames).double() / self.config.fps
-        height, width = self.config.size
-        return video.frames(video.at(times).tolist(), lambda frame: fitted(frame, height, width)).transpose(0, 1)
+        numbers: list[int] = video.at(times).tolist()
+        return numbers
 
     def prompts(self, n: int, gen: Generator, rows: slice = slice(None)) -> list[str]:
         """Captions without clips."""
@@ -107,4 +162,4 @@ class Clips:
 
 def build(config: settings.Folder, build: Build) -> Clips:
     """Factory of the data `video.folder`."""
-    return Clips(config)
+    return Clips(config, build)
