@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 CELL = 112  # pixels a picture on a sheet
@@ -49,8 +49,9 @@ def sheet(blocks: dict[str, Sequence[Image.Image]], captions: Sequence[str], col
         for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
             x = left + GAP + (index % columns) * (CELL + GAP)
             y = LABEL + (index // columns) * (CELL + LABEL)
-            resample = Image.Resampling.NEAREST if picture.width < CELL else Image.Resampling.LANCZOS
-            page.paste(picture.resize((CELL, CELL), resample), (x, y))
+            resample = Image.Resampling.NEAREST if max(picture.size) < CELL else Image.Resampling.LANCZOS
+            shown = ImageOps.contain(picture, (CELL, CELL), resample)
+            page.paste(shown, (x + (CELL - shown.width) // 2, y + (CELL - shown.height) // 2))
             draw.text((x, y + CELL + 3), textwrap.shorten(caption, 19, placeholder="…"), fill="#444")
     return page
 

@@ -350,6 +350,15 @@ class Model:
     uncond: str = ""
     place: Callable[[Tensor, Encoded], Tensor] = lambda x, cond: x  # writes what the condition fixes into a first state
     kernel: Kernel | None = None  # the one that its walks must take; None: the usual one of its process
+    together: int = 1  # neighbours of a batch that it denoises as one, at one t (the views of a scene)
+
+    def group(self, asked: int) -> int:
+        """How many neighbours share one t: whole groups of those that were asked for and that it sees together."""
+        return math.lcm(asked, self.together)
+
+    def noise(self, count: int, gen: torch.Generator) -> Tensor:
+        """Standard normal noise [count,*S] on the generator's device, as the model's own pipeline draws it."""
+        return torch.randn(count, *self.shape, generator=gen, device=gen.device)
 
     def begin(self, noise: Tensor, t: Tensor, cond: Encoded) -> Tensor:
         """The first state x_t [B,*S] of a walk, for standard normal noise [B,*S] and the encoded condition."""

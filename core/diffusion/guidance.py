@@ -1,6 +1,8 @@
-"""Classifier-free guidance as a combination of predictions; the guided model is itself a denoiser."""
+"""Classifier-free guidance and Perp-Neg as combinations of predictions; the guided model is itself a denoiser."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from limbeck.core.diffusion.denoiser import (
 from limbeck.core.diffusion.process import expand, working_dtype
 
 Scale = float | Tensor
+AGAINST = "against"  # key of what a condition is not to be
 
 
 def _mix(cond: Tensor, uncond: Tensor, scale: Scale) -> Tensor:
@@ -33,6 +36,63 @@ def combine(cond: Prediction, uncond: Prediction, scale: Scale) -> Prediction:
     kind = cond.kind if cond.kind == uncond.kind else "x0"
     raw = _mix(cond.as_kind(kind), uncond.as_kind(kind), scale)
     return Prediction(raw, cond.x_t, cond.t, cond.process, kind, cond.features)
+
+
+def perpendicular(a: Tensor, b: Tensor) -> Tensor:
+    """The part of a at right angles to b, per sample [B,*S]."""
+    share = (a * b).flatten(1).sum(1) / b.square().flatten(1).sum(1).clamp_min(torch.finfo(b.dtype).tiny)
+    return a - expand(share, a) * b
+
+
+def perp_neg(
+    cond: Prediction, uncond: Prediction, others: Sequence[Prediction], weights: Tensor, scale: Scale
+) -> Prediction:
+    """Perp-Neg (Armandpour et al. 2023, arXiv 2304.04968): guidance away from K other conditions.
+
+    u + g (e + sum_k w_k perp(e_k, e)) with e = c - u and e_k = c_k - u at the same (x_t, t), weights w [B,K] being
+    negative: what another condition has in common with the wanted one is never taken away. It is `combine` with
+    c + sum_k w_k perp(e_k, e) for c. All nets are compared in one space; which one makes no difference.
+    """
+    kind = cond.kind
+    dtype = working_dtype(cond.raw, uncond.raw)
+    c, u = cond.raw.to(dtype), uncond.as_kind(kind).to(dtype)
+    away = torch.zeros_like(c)
+    for k, other in enumerate(others):
+        share = expand(weights[:, k].to(device=c.device, dtype=dtype), c)
+        away = away + share * perpendicular(other.as_kind(kind).to(dtype) - u, c - u)
+    leant = Prediction(c + away, cond.x_t, cond.t, cond.process, kind, cond.features)
+    return combine(leant, uncond, scale)
+
+
+def blended(prompts: Encoded, asked: Encoded) -> Encoded:
+    """The condition of B rows from encoded prompts and the other rows asked of a sample.
+
+    Usually there is a prompt a row. With `shares` [B,P] among the rows there are P prompts, of which each row is a mix;
+    `others` [B,K] are the prompts that it is not to be and `against` [B,K] their weights in `perp_neg`.
+    """
+    if "shares" not in asked:
+        return prompts | asked
+    rest = {key: value for key, value in asked.items() if key not in ("shares", "others")}
+    for k, index in enumerate(asked["others"].unbind(1)):
+        rest |= {f"{AGAINST}.{k}.{key}": value[index.to(value.device)] for key, value in prompts.items()}
+    return {key: _mixed(value, asked["shares"]) for key, value in prompts.items()} | rest
+
+
+def _mixed(value: Tensor, shares: Tensor) -> Tensor:
+    """Embeddings [P,...] are interpolated; masks and labels are those of the largest share."""
+    if not value.is_floating_point():
+        return value[shares.argmax(1).to(value.device)]
+    return (shares.to(value) @ value.flatten(1)).view(-1, *value.shape[1:])
+
+
+def unpacked(cond: Encoded) -> tuple[Encoded, list[Encoded], Tensor | None]:
+    """A condition without what `blended` packed into it, what it is not to be (K of them), and the weights [B,K]."""
+    plain = {key: value for key, value in cond.items() if key.split(".")[0] != AGAINST}
+    weights = cond.get(AGAINST)
+    count = 0 if weights is None else weights.shape[1]
+    heads = [f"{AGAINST}.{k}." for k in range(count)]
+    own = [{key.removeprefix(head): v for key, v in cond.items() if key.startswith(head)} for head in heads]
+    return plain, [{**plain, **one} for one in own], weights
 
 
 class Guided(Denoiser):

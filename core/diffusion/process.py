@@ -15,6 +15,7 @@ from torch import Tensor
 from limbeck.core.diffusion.config import Edm, ProcessConfig, Vp
 
 KINDS = ("x0", "eps", "v", "score", "flow")
+LEAST_ALPHA = 1e-6
 
 
 def expand(t: Tensor, like: Tensor) -> Tensor:
@@ -86,11 +87,18 @@ class Process:
 
 
 @lru_cache(maxsize=64)
-def _knots(kind: str, count: int, beta_start: float, beta_end: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def _knots(process: VP, device: torch.device) -> tuple[Tensor, Tensor]:
     """log alpha-bar at t = 0, 1/count, …, 1, and its differences."""
-    power = 0.5 if kind == "scaled_linear" else 1.0
-    beta = torch.linspace(beta_start**power, beta_end**power, count, dtype=torch.float64) ** (1 / power)
-    table = torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-beta).cumsum(0)]).to(device)
+    power = 0.5 if process.kind == "scaled_linear" else 1.0
+    beta = torch.linspace(process.beta_start**power, process.beta_end**power, process.count, dtype=torch.float64)
+    logs = torch.log1p(-(beta ** (1 / power))).cumsum(0)
+    if process.snr_shift != 1 or process.zero_snr:
+        bar = logs.exp()
+        root = (bar / (process.snr_shift + (1 - process.snr_shift) * bar)).sqrt()
+        if process.zero_snr:
+            root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+        logs = 2 * root.clamp_min(LEAST_ALPHA).log()
+    table = torch.cat([torch.zeros(1, dtype=torch.float64), logs]).to(device)
     return table, table.diff()
 
 
@@ -99,12 +107,16 @@ class VP(Process):
     """Variance preserving. Index k stands at t = (k + 1)/count; log alpha-bar is linear between indices.
 
     `cosine` is alpha = cos(pi t/2) in continuous time; its t_max is .999 because alpha(1) = 0.
+    The SNR may be divided by `snr_shift` (as in SD3), and alpha then be rescaled to fall to zero (Lin et al. 2024,
+    alg. 1): to 1e-6, as a prediction of eps says nothing of x0 where alpha is 0.
     """
 
     kind: str = "linear"
     count: int = 1000
     beta_start: float = 1e-4
     beta_end: float = 0.02
+    snr_shift: float = 1.0
+    zero_snr: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "scaled_linear", "cosine"):
@@ -119,7 +131,7 @@ class VP(Process):
         return 0.999 if self.kind == "cosine" else 1.0
 
     def _table(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        return _knots(self.kind, self.count, self.beta_start, self.beta_end, device)
+        return _knots(self, device)
 
     def _interpolate(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """log alpha-bar at t and its change over an index."""

@@ -212,20 +212,26 @@ class Refine(Config):
     guidance: Scheduled = 7.5
 
 
-class FewStepStudent(Config):
-    """A few-step generator that starts as the teacher itself: a full copy."""
+class Trainable(Config):
+    """The teacher itself, to be trained: a full copy, or LoRA on the frozen teacher."""
+
+    lora: Count | Literal["auto"] | None = "auto"  # its rank; null: a full copy; auto: 64 on pipelines, else a copy
+    alpha: Positive | None = None  # LoRA's scale is alpha/rank; null: alpha = rank
+    targets: list[str] = []  # ends of the names of the layers that LoRA patches; none named: the family's, or all
+
+
+class FewStepStudent(Trainable):
+    """A few-step generator that starts as the teacher itself."""
 
     times: list[Annotated[float, Field(gt=0, le=1)]] = Field([1.0], min_length=1, max_length=64)  # falling
 
 
-class ManyStepStudent(Config):
-    """The teacher with its sampler of many steps, to be tuned: a full copy, or LoRA on the frozen teacher."""
+class ManyStepStudent(Trainable):
+    """The teacher with its sampler of many steps, to be tuned."""
 
     steps: Count = 30
     guidance: Annotated[float, Field(ge=0)] = 3.0
     shift: Positive | None = None  # s of times s u/(1 + (s - 1) u), u uniform; null: the model's own grid
-    lora: Count | None = None  # its rank; null: a full copy
-    targets: list[str] = []  # ends of the names of the layers that LoRA patches; none named: every one that it can
 
 
 class ConsistencyStudent(Config):

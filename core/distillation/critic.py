@@ -35,6 +35,7 @@ class Critic:
     @classmethod
     def of(cls, config: CriticConfig, model: Model, null: Encoded, device: torch.device) -> Critic:
         """A fresh critic for this teacher; equal to the teacher at the start unless it is a small net of its own."""
+        config = config.model_copy(update={"t_group": model.group(config.t_group)})
         return cls(_net(config, model, null).to(device), config, null)
 
 

@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager, nullcontext
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from limbeck.core.diffusion.denoiser import Denoiser, Encoded, Output
 
@@ -14,7 +16,8 @@ from limbeck.core.diffusion.denoiser import Denoiser, Encoded, Output
 class LoRA(nn.Module):
     """W x + (alpha/rank) B A x on every linear and 2-D convolution of `net`; B = 0 at the start.
 
-    `targets` keeps only the layers whose name is, or ends in a dot and, one of these; A and B are float32 at least.
+    `targets` keeps only the layers whose name is, or ends in a dot and, one of these, where `*` is anything; A and B
+    are float32 at least.
     Outside `on()` the hooks return None, that is, the frozen layer's own output object: bit-exactly the base.
     """
 
@@ -26,16 +29,16 @@ class LoRA(nn.Module):
             if isinstance(layer, nn.Linear | nn.Conv2d) and _wanted(name, targets):
                 key = name.replace(".", "/")  # a ModuleDict's keys have no dots
                 self.down[key], self.up[key] = _pair(layer, rank)
-                layer.register_forward_hook(self._hook(key))
+                layer.register_forward_hook(self._hook(key), with_kwargs=True)
         if not self.down:
             raise ValueError("LoRA found no linear or 2-D convolution in this net; use critic.kind: full")
 
-    def _hook(self, key: str) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
-        def add(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
+    def _hook(self, key: str) -> Callable[[nn.Module, Any, Any, Tensor], Tensor | None]:
+        def add(layer: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], out: Tensor) -> Tensor | None:
             if not self.active:
                 return None
-            down, up = self.down[key], self.up[key]
-            extra: Tensor = self.scale * up(down(args[0].to(next(down.parameters()).dtype)))
+            down, up, x = self.down[key], self.up[key], args[0] if args else named["input"]
+            extra: Tensor = self.scale * up(down(x.to(next(down.parameters()).dtype)))
             return out + extra.to(out.dtype)
 
         return add
@@ -44,14 +47,38 @@ class LoRA(nn.Module):
     def on(self) -> Iterator[None]:
         """The net is base + LoRA inside."""
         before, self.active = self.active, True
+        ON.append(self)
         try:
             yield
         finally:
+            ON.pop()
             self.active = before
 
 
+ON: list[LoRA] = []  # the patches that are on, the last one the innermost
+
+
+def recomputed(module: nn.Module, *args: Any) -> Any:
+    """A module's output, its inside computed again in the backward pass under the patches that are on now.
+
+    For `enable_gradient_checkpointing` of diffusers' nets; with torch's own they would all be off by then.
+    """
+    on = tuple(ON)
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with ExitStack() as stack:
+            for patch in on:
+                stack.enter_context(patch.on())
+            yield
+
+    return checkpoint(
+        module, *args, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), again())
+    )
+
+
 def _wanted(name: str, targets: Sequence[str]) -> bool:
-    return not targets or any(name == target or name.endswith(f".{target}") for target in targets)
+    return not targets or any(fnmatchcase(f".{name}", f"*.{target}") for target in targets)
 
 
 def _pair(layer: nn.Linear | nn.Conv2d, rank: int) -> tuple[nn.Module, nn.Module]:
@@ -87,10 +114,17 @@ def merged(denoiser: Denoiser) -> Denoiser:
     """A copy of a patched denoiser's base with W + (alpha/rank) B A written into its weights; others as they are."""
     if not isinstance(denoiser, Patched):
         return denoiser
-    lora, base = denoiser.lora, copy.deepcopy(denoiser._base[0])
+    return written(denoiser.lora, copy.deepcopy(denoiser._base[0]))
+
+
+Net = TypeVar("Net", bound=nn.Module)
+
+
+def written(lora: LoRA, net: Net) -> Net:
+    """The net itself, W + (alpha/rank) B A in its weights; a copy of the one that the LoRA was made for."""
     with torch.no_grad():
         for key, down in lora.down.items():
-            weight = base.get_submodule(key.replace("/", ".")).get_parameter("weight")
+            weight = net.get_submodule(key.replace("/", ".")).get_parameter("weight")
             low, high = (layer.get_parameter("weight").flatten(1) for layer in (down, lora.up[key]))
             weight.add_((lora.scale * (high @ low)).view_as(weight))
-    return base
+    return net

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from limbeck.core.diffusion.config import Uniform
 from limbeck.core.diffusion.denoiser import Denoiser, Encoded, Prediction, Query, predict
-from limbeck.core.diffusion.guidance import combine
+from limbeck.core.diffusion.guidance import combine, perp_neg, unpacked
 from limbeck.core.diffusion.process import Process
-from limbeck.core.diffusion.time import Law, law, weight
+from limbeck.core.diffusion.time import Law, weight
 from limbeck.core.distillation import config as settings
 from limbeck.core.distillation.adversarial import Adversary, Ratio, head_for
 from limbeck.core.distillation.critic import Critic
@@ -106,15 +106,16 @@ class Residual:
         if "critic" in self.operator.reads:
             assert self.critic is not None
             own = self.critic.scale(ctx, scale)
-            found["critic"] = guided(self.critic.denoiser, x_t, t, cond, self.null, own)
+            found["critic"] = guided(self.critic.denoiser, x_t, t, unpacked(cond)[0], self.null, own)
         return t, found
 
     def _teacher(
         self, ctx: Context, x: Tensor, x_t: Tensor, t: Tensor, eps: Tensor, cond: Encoded, scale: float
     ) -> Branches:
         reads = self.operator.reads
+        cond, others, weights = unpacked(cond)
         queries: dict[str, Query] = {"cond": (x_t, t, cond)}
-        if "uncond" in reads or ("teacher" in reads and scale != 1):
+        if "uncond" in reads or ("teacher" in reads and (scale != 1 or others)):
             null = self.null if "negative" in reads else self.negative or self.null
             queries["uncond"] = (x_t, t, {**cond, **null})
         if "negative" in reads:
@@ -123,9 +124,14 @@ class Residual:
             assert self.shift is not None
             t2 = self.shift(ctx, self.name, t, self.teacher.process)
             queries["later"] = (self.teacher.process.add_noise(x, eps, t2), t2, cond)  # the same eps
+        if "teacher" in reads:
+            queries |= {f"against.{k}": (x_t, t, other) for k, other in enumerate(others)}
         found = dict(zip(queries, predict(self.teacher, list(queries.values()), "h" in reads), strict=True))
         branches: Branches = dict(found)
         branches["teacher"] = combine(found["cond"], found["uncond"], scale) if "uncond" in found else found["cond"]
+        if "teacher" in reads and weights is not None:
+            away = [found[f"against.{k}"] for k in range(len(others))]
+            branches["teacher"] = perp_neg(found["cond"], found["uncond"], away, weights, scale)
         if "h" in reads:
             assert self.adversary is not None and self.ratio is not None
             branches["h"] = self.ratio(ctx, self.adversary.logits(found["cond"]), t)
@@ -251,7 +257,7 @@ def build_residual(config: settings.SwiftBrush | settings.Dmd2, build: Build) ->
     ratio = Ratio(config.ratio, build.device) if isinstance(config, settings.FDistill) else None
     operator = "vsd" if isinstance(config, settings.SwiftBrush) else "f_distill" if ratio else "dmd"
     rule = Residual(
-        operator, source.model.denoiser, source.null, OPERATORS[operator], law(config.time, config.t_group),
+        operator, source.model.denoiser, source.null, OPERATORS[operator], source.times(config),
         config.guidance, critic, config.reduction == "mean", adversary=adversary, ratio=ratio,
     )  # fmt: skip
     return _matching(build, config, source, rule, critic, adversary, ratio)
@@ -261,7 +267,7 @@ def build_sim(config: settings.Sim, build: Build) -> Matching:
     """Factory of sim."""
     source = Source.of(build)
     critic = Critic.of(config.critic, source.model, source.null, build.device)
-    rule = Implicit("sim", source.model.denoiser, source.null, law(config.time, config.t_group), config.guidance,
+    rule = Implicit("sim", source.model.denoiser, source.null, source.times(config), config.guidance,
                     critic, config.huber, config.weighting, config.reduction == "mean")  # fmt: skip
     return _matching(build, config, source, rule, critic)
 
@@ -273,12 +279,13 @@ def build_score(config: settings.Score, build: Build) -> Matching:
     critic = None
     if "critic" in operator.reads:
         critic = Critic.of(config.critic or settings.CriticConfig(), source.model, source.null, build.device)
+    times = source.times(config)
     t_min = config.time.lo if isinstance(config.time, Uniform) else source.model.denoiser.process.t_min
     rule = Residual(
-        f"score.{config.operator}", source.model.denoiser, source.null, operator, law(config.time, config.t_group),
+        f"score.{config.operator}", source.model.denoiser, source.null, operator, times,
         config.guidance, critic, config.reduction == "mean", config.scale,
         negative=None if config.negative is None else source.model.encode([config.negative]),
-        shift=AsdShift(config.shift, config.shift_random, t_min, config.t_group),
+        shift=AsdShift(config.shift, config.shift_random, t_min, times.group),
     )  # fmt: skip
     student = build.player("student", source.student, plain(config.optim))
     return Matching(source, rule, student, critic, _critic_player(build, critic, None) if critic else None)

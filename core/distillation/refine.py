@@ -14,7 +14,7 @@ from torch import Tensor
 from limbeck.core.diffusion.denoiser import Encoded, Model
 from limbeck.core.diffusion.guidance import guided_by, with_scale
 from limbeck.core.diffusion.sampling import ddim, trajectory
-from limbeck.core.diffusion.time import Law, law
+from limbeck.core.diffusion.time import Law
 from limbeck.core.distillation import config as settings
 from limbeck.core.distillation.denoising import noised
 from limbeck.core.distillation.matching import Matching
@@ -58,5 +58,5 @@ class Refined:
 def build(config: settings.Refine, build: Build) -> Matching:
     """Factory of refine."""
     source = Source.of(build)
-    rule = Refined(source.model, source.null, law(config.time, config.t_group), config.steps, config.guidance)
+    rule = Refined(source.model, source.null, source.times(config), config.steps, config.guidance)
     return Matching(source, rule, build.player("student", source.student, plain(config.optim)))

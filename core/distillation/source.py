@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from limbeck.core.diffusion.config import TimeLaw
 from limbeck.core.diffusion.denoiser import Encoded, Model, Sample
+from limbeck.core.diffusion.guidance import blended
+from limbeck.core.diffusion.time import Law, law
 from limbeck.core.run.build import Batch, Build
 from limbeck.core.run.config import OptimConfig
 from limbeck.core.run.context import Context
 from limbeck.core.run.errors import BadInput
+
+
+class Timed(Protocol):
+    """Settings of a loss at times t."""
+
+    time: TimeLaw
+    t_group: int
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,10 @@ class Source:
         data = build.piece("data") if build.has("data") else None
         return cls(model, student, data, model.encode([model.uncond]))
 
+    def times(self, config: Timed) -> Law:
+        """The law of t of a loss; what the teacher sees together shares one t."""
+        return law(config.time, self.model.group(config.t_group))
+
     def sample(self, ctx: Context) -> tuple[Tensor, Encoded]:
         """The student's x [b, *S], with its graph where the student trains in this phase, and its condition."""
         found = self.sampled(ctx)
@@ -48,7 +62,7 @@ class Source:
     def condition(self, ctx: Context) -> Encoded:
         """This process's prompts of the step, encoded, and what else the data asks of a sample (a camera)."""
         prompts, asked = self.asked(ctx)
-        return self.model.encode(prompts) | asked
+        return blended(self.model.encode(prompts), asked)
 
     def asked(self, ctx: Context) -> tuple[list[str], Encoded]:
         """The same before prompts are encoded."""
@@ -101,7 +115,8 @@ class Source:
         if batch is None or batch.x is None:
             raise BadInput("this loss needs real data and `data` gives none; set adversary: null or change data")
         with torch.no_grad():
-            x0 = self.model.codec.encode(batch.x.to(ctx.device))
+            x0 = batch.x.to(ctx.device)
+            x0 = x0 if batch.encoded else self.model.codec.encode(x0)
             if tuple(x0.shape[1:]) != tuple(self.model.shape):  # a convolutional net would train on them all the same
                 raise BadInput(
                     f"data gives samples of shape {list(x0.shape[1:])}, the teacher has {list(self.model.shape)}; "

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from limbeck.core.pipelines.loading import PICKLED
 from limbeck.core.run.errors import BadInput, clean
-from limbeck.domains.image.pipelines.loading import PICKLED
 
 BICUBIC = 3  # the resampling filter's number in preprocessor_config.json
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of the released CLIP models

@@ -126,6 +126,13 @@ class Edges(Config):
     chunk: Annotated[int, Field(ge=1)] = 16  # pictures at a time
 
 
+class Perceptual(Config):
+    """Minus how different a picture looks from that of its condition."""
+
+    least: Size = 64  # pixels: smaller pictures are enlarged to it
+    chunk: Annotated[int, Field(ge=1)] = 16  # pictures at a time
+
+
 class LegibleText(Config):
     """How alike the text in a picture and the quoted text in its prompt are, 0 to 1."""
 

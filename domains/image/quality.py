@@ -23,12 +23,12 @@ from limbeck.core import fidelity, lite0
 from limbeck.core.diffusion.denoiser import FewStep, Model
 from limbeck.core.diffusion.manystep import ManyStep
 from limbeck.core.lite0 import Lite0
+from limbeck.core.pipelines.sampling import sample as sample_teacher
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput
 from limbeck.core.run.rng import generator
 from limbeck.domains.image import data
 from limbeck.domains.image.config import Quality
-from limbeck.domains.image.pipelines.sampling import sample as sample_teacher
 
 FOLDER = Path(__file__).parent / "assets" / "fluent-32"
 REFERENCE, TEACHER = FOLDER / "reference.safetensors", FOLDER / "teacher-features.safetensors"

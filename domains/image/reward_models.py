@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from limbeck.core.pipelines.loading import DTYPES
 from limbeck.core.rewards.base import Condition, Reward
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput, clean
 from limbeck.domains.image import clip as towers
 from limbeck.domains.image.config import Aesthetic, ClipModel
-from limbeck.domains.image.teacher import DTYPES
 
 
 def load(config: ClipModel, build: Build) -> towers.Clip:

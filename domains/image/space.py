@@ -34,7 +34,7 @@ class ImageSpace:
 
     def noise(self, model: Model, seed: int, count: int, device: str | torch.device) -> Tensor:
         """Noise [count,*S], the very draws of a diffusers pipeline given `torch.Generator().manual_seed(seed)`."""
-        return torch.randn(count, *model.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+        return model.noise(count, torch.Generator().manual_seed(seed)).to(device)
 
     @torch.no_grad()
     def teacher_pictures(

@@ -5,35 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from limbeck.core.diffusion.denoiser import Denoiser, FewStep, Model, Network
+from limbeck.core.diffusion.denoiser import Denoiser, FewStep, Model
 from limbeck.core.diffusion.manystep import ManyStep
-from limbeck.core.distillation.lora import Patched
-from limbeck.core.distillation.students import full_copy
+from limbeck.core.distillation import students
+from limbeck.core.pipelines import PipelineModel
+from limbeck.core.pipelines import lora as patches
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput
-from limbeck.domains.image import lora as patches
 from limbeck.domains.image import models
 from limbeck.domains.image.config import Student, Tuned
-from limbeck.domains.image.pipelines import PipelineModel
-from limbeck.domains.image.pipelines.loading import TokenFeatures
-
-RANK = 64  # of `lora: auto`
 
 
 def trainable(model: Model, lora: int | str | None, alpha: float | None) -> Denoiser:
     """The teacher to be trained: LoRA of this rank on it, or a full copy; `auto` patches pipelines, copies the rest."""
-    rank = lora
-    if rank == "auto":
-        rank = RANK if isinstance(model, PipelineModel) else None
-    if rank is None:
-        return full_copy(model)
-    if not isinstance(model, PipelineModel):
+    if isinstance(lora, int) and not isinstance(model, PipelineModel):
         raise BadInput(
             f"student.lora: {model.name} is no diffusers pipeline; set student.lora=null to train a full copy"
         )
-    return patches.attach(model, int(rank), alpha)
+    return students.trainable(model, lora, alpha)
 
 
 def build(config: Student, build: Build) -> FewStep:
@@ -49,28 +38,16 @@ def build_tuned(config: Tuned, build: Build) -> ManyStep:
 
 def export_lora(build: Build, path: Path) -> list[Path]:
     """`limbeck export RUN --format lora`."""
-    model, denoiser = build.piece("teacher"), trained(build)
-    if not isinstance(denoiser, Patched):
-        raise BadInput(
-            "this student is a full copy, it has no LoRA; use --format diffusers, or train with student.lora=64"
-        )
-    return patches.save_lora(model, denoiser.lora, path)
+    return patches.export_lora(build.piece("teacher"), trained(build), path)
 
 
 def export_folder(build: Build, path: Path) -> list[Path]:
     """`limbeck export RUN --format diffusers`: the teacher's own folder layout with the weights that were trained."""
     model, denoiser = build.piece("teacher"), trained(build)
-    if not isinstance(model, PipelineModel):
-        path.mkdir(parents=True, exist_ok=True)
-        models.save_teacher(_plain(denoiser), path, {"size": model.shape[-1], **_history(build)})
-        return sorted(file for file in path.rglob("*") if file.is_file())
-    net = patches.merged(model, denoiser.lora) if isinstance(denoiser, Patched) else _plain(denoiser)
-    kept = model.net
-    try:
-        setattr(model.pipe, model.family.net, net)
-        model.pipe.save_pretrained(path, safe_serialization=True)
-    finally:
-        setattr(model.pipe, model.family.net, kept)
+    if isinstance(model, PipelineModel):
+        return patches.export_folder(model, denoiser, path)
+    path.mkdir(parents=True, exist_ok=True)
+    models.save_teacher(patches.plain(denoiser), path, {"size": model.shape[-1], **_history(build)})
     return sorted(file for file in path.rglob("*") if file.is_file())
 
 
@@ -88,9 +65,3 @@ def _history(build: Build) -> dict[str, Any]:
             return {"times": list(student.times)}
         return {"tuned": {"recipe": build.recipe.name, "steps": build.step, "batch": build.recipe.batch}}
     return {"trained": {"recipe": build.recipe.name, "steps": build.step, "batch": build.recipe.batch}}
-
-
-def _plain(denoiser: Denoiser) -> nn.Module:
-    inner = denoiser.inner if isinstance(denoiser, TokenFeatures) else denoiser
-    assert isinstance(inner, Network)
-    return inner.net

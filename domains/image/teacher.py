@@ -12,6 +12,7 @@ from limbeck.core import text
 from limbeck.core.diffusion.codec import Identity
 from limbeck.core.diffusion.denoiser import Encoded, Model, Network
 from limbeck.core.diffusion.process import Flow
+from limbeck.core.pipelines.loading import DTYPES
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput, clean, did_you_mean
 from limbeck.core.text import PromptStates
@@ -22,7 +23,6 @@ from limbeck.domains.image.pipelines import load_pipeline
 
 ASSETS = Path(__file__).parent / "assets"
 MARK = "limbeck.json"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def embedded(name: str, device: str | torch.device = "cpu") -> Model:

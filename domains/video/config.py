@@ -9,6 +9,7 @@ from limbeck.core.run.config import Average, OptimConfig
 from limbeck.core.run.recipe import Reward, Strict, piece
 from limbeck.core.scheduled import Scheduled
 
+Name = Annotated[str, Field(min_length=1, max_length=4096)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(ge=8, le=4096)]
 Rates = Annotated[list[Literal[4, 6, 12]], Field(min_length=1)]  # frames a second
@@ -42,6 +43,9 @@ class Folder(Strict):
     frames: Annotated[int, Field(ge=1, le=1024)] = 16
     fps: Annotated[float, Field(gt=0, le=240)] = 12.0
     reader: Literal["pyav", "torchcodec", "decord"] = "pyav"
+    # Only so many places of each clip at which it is cut, evenly spread, so that a teacher of latents encodes each cut
+    # once and for all later runs; null: anywhere, encoded anew each time.
+    cuts: Annotated[int, Field(ge=1, le=4096)] | None = None
 
 
 class FreshVideo(Strict):
@@ -59,9 +63,19 @@ class FreshVideo(Strict):
 
 
 class VideoTeacher(Strict):
-    """A frozen text-to-video model: an embedded name, or a folder in its format."""
+    """A frozen text-to-video model: an embedded name, the folder of a diffusers pipeline, or a hub id.
 
-    model: Annotated[str, Field(min_length=1, max_length=4096)] = "motion-32"
+    All but `model` is for pipelines.
+    """
+
+    model: Name = "motion-32"
+    motion: Name | None = None  # AnimateDiff's motion adapter, where `model` is Stable Diffusion: a folder or a hub id
+    size: tuple[Side, Side] | None = None  # pixels: height, width; null: the pipeline's own
+    frames: Annotated[int, Field(ge=1, le=1024)] | None = None  # null: the pipeline's own
+    guidance: Annotated[float, Field(ge=0)] | None = None  # where it is an input (HunyuanVideo); null: the pipeline's
+    slicing: bool = False  # the autoencoder takes one clip at a time
+    tiling: bool = False  # ... and large pictures in pieces
+    checkpointing: bool = False  # the net's blocks are computed again in the backward pass instead of kept
 
 
 class Clips(Strict):

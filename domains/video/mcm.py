@@ -40,6 +40,7 @@ from limbeck.core.run.players import Phase, Player
 from limbeck.domains.video import config as settings
 from limbeck.domains.video import motion
 from limbeck.domains.video.metrics import frames
+from limbeck.domains.video.pipelines.codec import ClipCodec
 
 Made = Callable[[str, nn.Module, OptimConfig], Player]
 PARTS = 2  # of a clip; the judge sees a frame of each (temporal segment networks)
@@ -120,7 +121,12 @@ class Judge:
         return augmented(frames(clips), look.change[:, : clips.shape[2]].flatten(0, 1))
 
     def shown(self, x: Tensor, look: Look) -> Tensor:
-        """Logits [b*PARTS] of samples x [b,C,F,H,W]; only the frames looked at are decoded, by themselves."""
+        """Logits [b*PARTS] of samples x [b,C,F,H,W]; only the frames looked at are decoded, by themselves.
+
+        An autoencoder whose latent frames stand for several decodes whole clips.
+        """
+        if isinstance(self.codec, ClipCodec) and not self.codec.framewise:
+            return self.logits(picked(self.codec.decode(x), look.place), look)
         return self.logits(self.codec.decode(picked(x, look.place)), look)
 
     def logits(self, clips: Tensor, look: Look) -> Tensor:

@@ -22,6 +22,7 @@ from limbeck.core.run.rng import generator
 from limbeck.domains.video import config as settings
 from limbeck.domains.video import metrics
 from limbeck.domains.video.data import MotionData
+from limbeck.domains.video.pipelines.codec import ClipCodec
 from limbeck.domains.video.shapes import ShapeData
 
 EXAMPLES = 2  # real clips of each caption
@@ -108,7 +109,7 @@ def directions(model: Model, sampler: Sampler, config: settings.Quality) -> floa
 def rows(config: settings.Quality, build: Build) -> Iterator[Row]:
     """Data, the teacher at each number of steps, the student."""
     model: Model = build.piece("teacher")
-    judge = Judge(config, model.shape[1])
+    judge = Judge(config, model.codec.count if isinstance(model.codec, ClipCodec) else model.shape[1])
     yield judge.row("data", "", judge.held("floor", config.each))
     samplers: list[tuple[str, Sampler]] = [
         ("teacher", ManyStep(model, model.denoiser, steps, config.guidance)) for steps in config.teacher_steps

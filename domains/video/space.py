@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from limbeck.core.diffusion.denoiser import FewStep, Model
 from limbeck.core.diffusion.manystep import ManyStep
 from limbeck.core.distillation.lora import merged
 from limbeck.core.pictures import sheet, slug, to_pictures
+from limbeck.core.pipelines import PipelineModel, lora
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput
 from limbeck.core.run.rng import generator
@@ -29,7 +31,7 @@ class ClipSpace:
     Noise comes from the run's seed and the clip's number alone: the same clip at every step of a run.
     """
 
-    formats = ("diffusers", "mp4")
+    formats = ("diffusers", "lora", "mp4")
 
     def __init__(self, config: Clips) -> None:
         self.config = config
@@ -46,7 +48,7 @@ class ClipSpace:
 
     def noise(self, model: Model, seed: int, count: int, device: torch.device) -> Tensor:
         """Noise [count,*S]."""
-        return torch.randn(count, *model.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+        return model.noise(count, torch.Generator().manual_seed(seed)).to(device)
 
     def teacher(self, build: Build, steps: int | None = None, guidance: float | None = None) -> ManyStep:
         """The teacher in many steps."""
@@ -71,8 +73,23 @@ class ClipSpace:
         return list(wanted.prompts) or build.piece("data").prompts(wanted.count, generator(0, "sample prompts", 0))
 
     def show(self, build: Build, step: int, folder: Path) -> list[Path]:
-        """Writes a moving sheet teacher | student for the sample prompts (a teacher in training stands alone)."""
-        return [self.moving_sheet(self.blocks(build, step), self.prompts(build), folder / f"step-{step:08d}.webp")]
+        """Writes a moving sheet teacher | student for the sample prompts (a teacher in training stands alone).
+
+        The clips lie beside it, the student's in a folder of the step, the teacher's in one of their own.
+        """
+        first, blocks, prompts = self._teacher is None, self.blocks(build, step), self.prompts(build)
+        *teacher, own = blocks.items()
+        written = [self.moving_sheet(blocks, prompts, folder / f"step-{step:08d}.webp")]
+        for title, clips in teacher if first else []:
+            written += self.labelled(title, clips, prompts, build.recipe.seed, folder / "teacher")
+        return written + self.labelled(*own, prompts, build.recipe.seed, folder / f"step-{step:08d}")
+
+    def labelled(self, title: str, clips: Tensor, prompts: Sequence[str], seed: int, folder: Path) -> list[Path]:
+        """One MP4 a prompt, and who made them of what for `limbeck view`."""
+        paths = self.saved(clips, prompts, seed, folder)
+        made = {path.name: {"prompt": prompt} for path, prompt in zip(paths, prompts, strict=True)}
+        (folder / "clips.json").write_text(json.dumps({"title": title, "files": made}, indent=1), encoding="utf-8")
+        return paths
 
     def blocks(self, build: Build, step: int) -> Blocks:
         """The clips of the sample prompts by whoever makes them, each under its title."""
@@ -120,7 +137,10 @@ class ClipSpace:
         return self.saved(build.piece("teacher").codec.decode(x).cpu(), prompts, seed, folder)
 
     def export(self, build: Build, path: Path, format: str) -> list[Path]:
-        """Writes `diffusers` (a folder for `teacher.model`) or `mp4` (the sample prompts, together and alone)."""
+        """Writes `diffusers` (a folder for `teacher.model`), `lora` (for the teacher's pipeline) or `mp4`.
+
+        `mp4` is the sample prompts, together and alone.
+        """
         if format == "mp4":
             path.mkdir(parents=True, exist_ok=True)
             prompts, blocks = self.prompts(build), self.blocks(build, build.step)
@@ -128,6 +148,10 @@ class ClipSpace:
             return [sheet, *self.saved(list(blocks.values())[-1], prompts, build.recipe.seed, path)]
         piece = build.piece("student") if build.has("student") else build.piece("teacher")
         model: Model = build.piece("teacher")
+        if format == "lora":
+            return lora.export_lora(model, piece.denoiser, path)
+        if isinstance(model, PipelineModel):
+            return lora.export_folder(model, piece.denoiser, path)
         trained = {"recipe": build.recipe.name, "steps": build.step, "batch": build.recipe.batch}
         meta = {
             "format": 1,

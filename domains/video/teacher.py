@@ -1,4 +1,4 @@
-"""The slot `teacher` of clips: the embedded video net, fresh or trained."""
+"""The slot `teacher` of clips: the embedded video net, fresh or trained, and diffusers pipelines."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from limbeck.core import text
 from limbeck.core.diffusion.codec import Identity
 from limbeck.core.diffusion.denoiser import Model, Network
 from limbeck.core.diffusion.process import Flow
+from limbeck.core.pipelines.loading import DTYPES
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput, clean, did_you_mean
 from limbeck.core.text import PromptStates
 from limbeck.domains.video import config as settings
 from limbeck.domains.video import models
 from limbeck.domains.video.data import motions
+from limbeck.domains.video.pipelines import load_pipeline
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -56,8 +58,14 @@ def fresh(config: settings.FreshVideo, build: Build) -> Model:
     return model(net, {"frames": config.frames, "size": config.size}, build.device, "fresh")
 
 
-def embedded(config: settings.VideoTeacher, build: Build) -> Model:
-    """Factory of the teacher `video.teacher`: an embedded name, or a folder in its format."""
+def build(config: settings.VideoTeacher, build: Build) -> Model:
+    """Factory of the teacher `video.teacher`: an embedded name, a folder (ours or diffusers'), or a hub id."""
+    path = Path(config.model).expanduser()
+    ours = config.model in names() or (path / models.MARK).is_file()
+    if not ours and ("/" in config.model or path.exists()):
+        return load_pipeline(config, build.device, DTYPES[build.recipe.precision])
+    if more := sorted(config.model_dump(exclude_defaults=True).keys() - {"kind", "model"}):
+        raise BadInput(f"teacher.{more[0]}: is for diffusers pipelines, and {clean(config.model, 80)} is not one")
     folder = folder_of(config.model)
     net, meta = models.load(folder)
     return model(net.requires_grad_(False), meta, build.device, folder.name)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from limbeck.core.diffusion.sampling import ddim
 from limbeck.core.diffusion.sampling import sample as walk
+from limbeck.core.pipelines import PipelineModel, schedule
 from limbeck.domains.image import pipelines
-from limbeck.domains.image.pipelines import PipelineModel, schedule
 
 FAMILIES = ("sd15", "sd15-v", "sdxl", "sd3", "flux", "pixart")
 PROMPTS = ["a cat on the moon", "red"]

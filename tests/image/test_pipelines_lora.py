@@ -14,8 +14,8 @@ from limbeck.core.diffusion.denoiser import FewStep
 from limbeck.core.diffusion.sampling import ddim
 from limbeck.core.diffusion.sampling import sample as walk
 from limbeck.core.distillation.lora import Patched
-from limbeck.domains.image import lora, pipelines
-from limbeck.domains.image.pipelines import PipelineModel
+from limbeck.core.pipelines import PipelineModel, lora
+from limbeck.domains.image import pipelines
 
 FAMILIES = ("sd15", "sd15-v", "sdxl", "sd3", "flux", "pixart")
 PROMPTS = ["a cat on the moon", "red"]

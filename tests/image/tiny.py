@@ -32,7 +32,7 @@ def t5_tokenizer() -> Any:
     return T5TokenizerFast(vocab=words, extra_ids=0, model_max_length=32)
 
 
-def clip_text(tokenizer: Any, projection: int | None = None) -> Any:
+def clip_text(tokenizer: Any, projection: int | None = None, length: int = 24) -> Any:
     """CLIP text encoder of width 16; with a projection head where `projection` is its width."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -42,7 +42,7 @@ def clip_text(tokenizer: Any, projection: int | None = None) -> Any:
         intermediate_size=32,
         num_hidden_layers=3,
         num_attention_heads=2,
-        max_position_embeddings=24,
+        max_position_embeddings=length,
         projection_dim=projection or 16,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

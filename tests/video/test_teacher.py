@@ -8,6 +8,7 @@ from PIL import Image
 
 from limbeck.core import fidelity
 from limbeck.core.diffusion.denoiser import FewStep
+from limbeck.core.run import view
 from limbeck.core.run.build import Build
 from limbeck.core.run.errors import BadInput
 from limbeck.core.run.recipe import load
@@ -69,9 +70,14 @@ def test_a_folder_comes_back(build: Build, tmp_path: Path) -> None:
 
 def test_sheets_move_and_samples_are_films(build: Build, tmp_path: Path) -> None:
     space = build.piece("space")
-    (path,) = space.show(build, 3, tmp_path)
+    path, *clips = space.show(build, 3, tmp_path)
     with Image.open(path) as sheet:
         assert sheet.n_frames == 8
+    assert {clip.parent.name for clip in clips} == {"teacher", "step-00000003"} and len(clips) == 4
+    told = {file["path"]: dict(file["facts"]) for file in view.described(tmp_path) if file["kind"] == "side"}
+    assert told["teacher/000-fish-seed0.mp4"] == {"title": "teacher, 1 steps", "prompt": "fish"}
+    assert told["step-00000003/001-dog-face-seed0.mp4"]["title"] == "student, 2 steps, after 3 training steps"
+    assert {clip.parent.name for clip in space.show(build, 4, tmp_path)[1:]} == {"step-00000004"}, "the teacher once"
     paths = space.sample(build, ["fish", "a fish"], 1, tmp_path / "films")
     assert [path.name for path in paths] == ["000-fish-seed1.mp4", "001-a-fish-seed1.mp4"]
     written = space.export(build, tmp_path / "out", "mp4")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.core.diffusion.denoiser import Encoded
-from limbeck.domains.image.pipelines.family import JOINT, Family, Net, Options, Pipe, guidance_rows
+from limbeck.core.pipelines.family import JOINT, Family, Net, Options, Pipe, guidance_rows
 
 
 def encode(pipe: Pipe, prompts: list[str], options: Options) -> Encoded:
@@ -45,8 +45,8 @@ def call(net: Net, x: Tensor, time: Tensor, cond: Encoded) -> Tensor:
     return unpack(tokens, height, width)
 
 
-def sample_size(pipe: Pipe) -> int:
-    return int(pipe.default_sample_size * pipe.vae_scale_factor)
+def sample_size(pipe: Pipe) -> tuple[int, int]:
+    return (int(pipe.default_sample_size * pipe.vae_scale_factor),) * 2
 
 
 def channels(net: Net) -> int:

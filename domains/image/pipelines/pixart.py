@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from limbeck.core.diffusion.denoiser import Encoded
-from limbeck.domains.image.pipelines.family import ATTENTION, Family, Net, Options, Pipe, middle_block
+from limbeck.core.pipelines.family import ATTENTION, Family, Net, Options, Pipe, middle_block
 
 
 def encode(pipe: Pipe, prompts: list[str], options: Options) -> Encoded:
@@ -14,9 +14,8 @@ def encode(pipe: Pipe, prompts: list[str], options: Options) -> Encoded:
     states, mask, _, _ = pipe.encode_prompt(prompts, False, device=pipe.device, clean_caption=True, **length(pipe))
     cond = {"states": states, "mask": mask.to(states.dtype)}
     if uses_size(pipe):
-        cond["resolution"] = torch.full(
-            (len(prompts), 2), float(options.size), dtype=states.dtype, device=states.device
-        )
+        side = float(options.size[0])
+        cond["resolution"] = torch.full((len(prompts), 2), side, dtype=states.dtype, device=states.device)
         cond["aspect_ratio"] = torch.ones(len(prompts), 1, dtype=states.dtype, device=states.device)
     return cond
 
@@ -39,8 +38,8 @@ def call(net: Net, x: Tensor, time: Tensor, cond: Encoded) -> Tensor:
     return raw[:, : x.shape[1]]
 
 
-def sample_size(pipe: Pipe) -> int:
-    return int(pipe.transformer.config.sample_size * pipe.vae_scale_factor)
+def sample_size(pipe: Pipe) -> tuple[int, int]:
+    return (int(pipe.transformer.config.sample_size * pipe.vae_scale_factor),) * 2
 
 
 def taps(net: Net) -> tuple[str, ...]:

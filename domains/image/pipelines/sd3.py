@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from limbeck.core.diffusion.denoiser import Encoded
-from limbeck.domains.image.pipelines.family import JOINT, Family, Net, Options, Pipe, middle_block
+from limbeck.core.pipelines.family import JOINT, Family, Net, Options, Pipe, middle_block
 
 
 def encode(pipe: Pipe, prompts: list[str], options: Options) -> Encoded:
@@ -19,8 +19,8 @@ def call(net: Net, x: Tensor, time: Tensor, cond: Encoded) -> Tensor:
     return raw
 
 
-def sample_size(pipe: Pipe) -> int:
-    return int(pipe.transformer.config.sample_size * pipe.vae_scale_factor)
+def sample_size(pipe: Pipe) -> tuple[int, int]:
+    return (int(pipe.transformer.config.sample_size * pipe.vae_scale_factor),) * 2
 
 
 def taps(net: Net) -> tuple[str, ...]:

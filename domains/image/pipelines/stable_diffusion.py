@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from limbeck.core.diffusion.denoiser import Encoded
-from limbeck.domains.image.pipelines.family import ATTENTION, Family, Net, Options, Pipe
+from limbeck.core.pipelines.family import ATTENTION, Family, Net, Options, Pipe
 
 
 def encode_sd(pipe: Pipe, prompts: list[str], options: Options) -> Encoded:
@@ -25,7 +25,7 @@ def encode_sdxl(pipe: Pipe, prompts: list[str], options: Options) -> Encoded:
     if pipe.config.force_zeros_for_empty_prompt:
         keep = torch.tensor([prompt != "" for prompt in prompts], device=states.device)
         states, pooled = states * keep[:, None, None], pooled * keep[:, None]
-    ids = torch.tensor([options.size, options.size, 0, 0, options.size, options.size], dtype=states.dtype)
+    ids = torch.tensor([*options.size, 0, 0, *options.size], dtype=states.dtype)
     return {"states": states, "pooled": pooled, "time_ids": ids.to(states.device).repeat(len(prompts), 1)}
 
 
@@ -35,8 +35,8 @@ def call_sdxl(net: Net, x: Tensor, time: Tensor, cond: Encoded) -> Tensor:
     return raw
 
 
-def unet_size(pipe: Pipe) -> int:
-    return int(pipe.unet.config.sample_size * pipe.vae_scale_factor)
+def unet_size(pipe: Pipe) -> tuple[int, int]:
+    return (int(pipe.unet.config.sample_size * pipe.vae_scale_factor),) * 2
 
 
 def unet_taps(net: Net) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from limbeck.core.diffusion.denoiser import Denoiser, Encoded, Model
 from limbeck.core.diffusion.guidance import guided_by, with_scale
 from limbeck.core.diffusion.sampling import ddim
 from limbeck.core.diffusion.sampling import sample as walk
-from limbeck.domains.image.pipelines.loading import PipelineModel
+from limbeck.core.pipelines.loading import PipelineModel
 
 
 def guided(

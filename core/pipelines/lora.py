@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,25 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from limbeck.core.distillation.lora import LoRA, Patched
-from limbeck.domains.image.pipelines import PipelineModel
+from limbeck.core.diffusion.denoiser import Denoiser, Model, Network
+from limbeck.core.distillation.lora import LoRA, Patched, written
+from limbeck.core.pipelines.loading import PipelineModel, TokenFeatures
+from limbeck.core.run.errors import BadInput
 
 
-def attach(model: PipelineModel, rank: int, alpha: float | None = None, seed: int | None = None) -> Patched:
-    """The teacher's net with LoRA on its family's attention layers (Hu et al. 2021, eq. 3), as a denoiser of its own.
+def attach(
+    model: PipelineModel, rank: int, alpha: float | None = None, seed: int | None = None, targets: Sequence[str] = ()
+) -> Patched:
+    """The teacher's net with LoRA (Hu et al. 2021, eq. 3), as a denoiser of its own.
 
+    On these targets, or on those of its family where none is named.
     Its parameters are the LoRA's alone; several (student, critic) may live on one base, and the teacher is that base
     with all of them off, bit for bit. A seed draws A without touching the global generator.
     """
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        return Patched(model.denoiser, LoRA(model.net, rank, alpha, model.family.targets))
+        return Patched(model.denoiser, LoRA(model.net, rank, alpha, targets or model.family.targets))
 
 
 def peft_tensors(lora: LoRA) -> dict[str, Tensor]:
@@ -44,10 +50,10 @@ def _weight(layer: nn.Module) -> Tensor:
 
 
 def save_lora(model: PipelineModel, lora: LoRA, folder: Path) -> list[Path]:
-    """Write what `pipe.load_lora_weights(folder)` reads; pipelines without that method (PixArt) get a peft folder."""
+    """Write what `pipe.load_lora_weights(folder)` reads; a peft folder where it cannot (PixArt, ModelScope)."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = peft_tensors(lora)
-    if not hasattr(model.pipe, "save_lora_weights"):
+    if not (hasattr(model.pipe, "save_lora_weights") and hasattr(model.net, "load_lora_adapter")):
         return save_peft(tensors, folder)
     layers: dict[str, Any] = {f"{model.family.net}_lora_layers": tensors}
     model.pipe.save_lora_weights(folder, safe_serialization=True, **layers)
@@ -66,12 +72,31 @@ def save_peft(tensors: dict[str, Tensor], folder: Path) -> list[Path]:
 
 def merged(model: PipelineModel, lora: LoRA) -> nn.Module:
     """A copy of the net with W + (alpha/rank) B A written into its weights."""
-    net = copy.deepcopy(model.net)
-    tensors = peft_tensors(lora)
-    with torch.no_grad():
-        for key in lora.down:
-            name = key.replace("/", ".")
-            weight = _weight(net.get_submodule(name))
-            low, high = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
-            weight += (high @ low).to(weight)
-    return net
+    return written(lora, copy.deepcopy(model.net))
+
+
+def export_lora(model: Model, denoiser: Denoiser, path: Path) -> list[Path]:
+    """`limbeck export RUN --format lora`: BadInput for a student that has none."""
+    if not isinstance(denoiser, Patched) or not isinstance(model, PipelineModel):
+        raise BadInput(
+            "this student is a full copy, it has no LoRA; use --format diffusers, or train with student.lora=64"
+        )
+    return save_lora(model, denoiser.lora, path)
+
+
+def export_folder(model: PipelineModel, denoiser: Denoiser, path: Path) -> list[Path]:
+    """`limbeck export RUN --format diffusers`: the teacher's own folder layout with the weights that were trained."""
+    net, kept = merged(model, denoiser.lora) if isinstance(denoiser, Patched) else plain(denoiser), model.net
+    try:
+        setattr(model.pipe, model.family.net, net)
+        model.pipe.save_pretrained(path, safe_serialization=True)
+    finally:
+        setattr(model.pipe, model.family.net, kept)
+    return sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def plain(denoiser: Denoiser) -> nn.Module:
+    """The net behind a denoiser."""
+    inner = denoiser.inner if isinstance(denoiser, TokenFeatures) else denoiser
+    assert isinstance(inner, Network)
+    return inner.net

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import json
-import logging
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from limbeck.core.diffusion.codec import Autoencoder
+from limbeck.core.diffusion.codec import Autoencoder, Codec
 from limbeck.core.diffusion.denoiser import Call, Denoiser, Encoded, Model, Network, Output
 from limbeck.core.diffusion.process import VP, Process
+from limbeck.core.pipelines import schedule
+from limbeck.core.pipelines.family import Family, Options, Pipe
+from limbeck.core.pipelines.text import reader
 from limbeck.core.run.errors import BadInput, clean, did_you_mean
-from limbeck.domains.image.pipelines import flux, pixart, schedule, sd3, stable_diffusion
-from limbeck.domains.image.pipelines.family import Family, Options, Pipe
 
-FAMILIES = (stable_diffusion.SD, stable_diffusion.SDXL, sd3.SD3, flux.FLUX, pixart.PIXART)
-KNOWN: dict[str, Family] = {name: family for family in FAMILIES for name in family.pipelines}
+F = TypeVar("F", bound=Family)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of a run's precision
 LIBRARIES = ("diffusers", "transformers")
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # never loaded: they take no part in denoising
@@ -43,6 +42,13 @@ class PipelineModel(Model):
         assert isinstance(net, nn.Module)
         return net
 
+    def noise(self, count: int, gen: torch.Generator) -> Tensor:
+        """Standard normal noise [count,*S], drawn in the pipeline's own layout."""
+        if not self.family.swapped:
+            return super().noise(count, gen)
+        channels, frames, *rest = self.shape
+        return torch.randn(count, frames, channels, *rest, generator=gen, device=gen.device).transpose(1, 2)
+
     def grid(self, steps: int) -> Tensor:
         """The grid of the family's own scheduler."""
         return schedule.grid(self.pipe.scheduler, steps, self.tokens, self.family.linear_sigmas).float()
@@ -50,24 +56,28 @@ class PipelineModel(Model):
     @property
     def tokens(self) -> int:
         """Image tokens of a sample: what a dynamic shift depends on."""
-        return (self.shape[-1] // self.family.patch) * (self.shape[-2] // self.family.patch)
+        return math.prod(self.shape[1:]) // self.family.patch**2
 
 
-def load_pipeline(
+def open_pipeline(
     path_or_hub_id: str,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    size: int | None = None,
-    guidance: float | None = None,
-) -> PipelineModel:
-    """The teacher of a diffusers pipeline. `size`: pixels of the square picture; `guidance`: for nets that embed it."""
+    known: Mapping[str, F],
+    device: str | torch.device,
+    dtype: torch.dtype,
+    parts: Mapping[str, Any] | None = None,
+) -> tuple[Pipe, F]:
+    """The pipeline of a folder or a hub id, and its family among the `known`, by the class names of pipelines.
+
+    With `parts` that the folder lacks it becomes a pipeline of the family's own class.
+    """
     source, local = locate(path_or_hub_id)
     index = read_index(source, local)
-    family = family_of(index, source)
-    pipe = read_pipe(index, source, local, dtype).to(device)
+    family = family_of(index, source, known)
+    if parts:
+        index["_class_name"] = family.pipelines[0]
+    pipe = read_pipe(index, source, local, dtype, parts or {}).to(device)
     pipe.set_progress_bar_config(disable=True)
-    options = Options(size or family.sample_size(pipe), family.guidance if guidance is None else guidance)
-    return assemble(pipe, family, options, name=path_or_hub_id)
+    return pipe, family
 
 
 def locate(text: str) -> tuple[str, bool]:
@@ -116,7 +126,7 @@ def download_index(source: str) -> Path:
         ) from None
 
 
-def family_of(index: dict[str, Any], source: str) -> Family:
+def family_of(index: dict[str, Any], source: str, known: Mapping[str, F]) -> F:
     """The family by the pipeline's class; code that a folder brings along is refused."""
     name = index.get("_class_name")
     if not isinstance(name, str):
@@ -129,10 +139,14 @@ def family_of(index: dict[str, Any], source: str) -> Family:
             raise BadInput(
                 f"model: {part} of {clean(source)} needs code from {clean(library, 60)!r}, which is never run"
             )
-    if name not in KNOWN:
-        known = ", ".join(KNOWN)
-        raise BadInput(f"model: unknown pipeline {clean(name, 60)}{did_you_mean(name, KNOWN)}; limbeck knows {known}")
-    return KNOWN[name]
+    if name not in known:
+        names = ", ".join(known)
+        raise BadInput(f"model: unknown pipeline {clean(name, 60)}{did_you_mean(name, known)}; limbeck knows {names}")
+    family = known[name]
+    for part in family.refused:
+        if index.get(part, (None,))[0] is not None:
+            raise BadInput(f"model: {clean(source)} has a {part}, and limbeck knows {name} without one only")
+    return family
 
 
 def refuse_pickles(folder: Path) -> None:
@@ -144,55 +158,51 @@ def refuse_pickles(folder: Path) -> None:
             raise BadInput(f"{part}: {pickled[0]} is a pickle, which is never opened; save the pipeline as safetensors")
 
 
-def read_pipe(index: dict[str, Any], source: str, local: bool, dtype: torch.dtype) -> Pipe:
+def read_pipe(index: dict[str, Any], source: str, local: bool, dtype: torch.dtype, parts: Mapping[str, Any]) -> Pipe:
     """The pipeline itself, safetensors only, without the parts that we do not use."""
     import diffusers
 
     if local:
         refuse_pickles(Path(source))
-    cls = getattr(diffusers, index["_class_name"])
     skipped = {part: None for part in UNUSED if part in index}
-    try:
-        pipe = cls.from_pretrained(source, dtype=dtype, use_safetensors=True, local_files_only=local, **skipped)
-    except (OSError, ValueError, ImportError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise BadInput(f"model: cannot load {clean(source)}: {clean(lines[0], 160)}") from None
+    pipe = read(getattr(diffusers, index["_class_name"]), source, local, dtype, {**skipped, **parts})
     if dtype == torch.float16 and pipe.vae.config.get("force_upcast"):
         pipe.vae.to(torch.float32)
     return pipe
 
 
-def assemble(pipe: Pipe, family: Family, options: Options, name: str) -> PipelineModel:
-    """Our adapters around the pipeline's own components, all frozen."""
+def read(cls: Any, source: str, local: bool, dtype: torch.dtype, parts: Mapping[str, Any]) -> Any:
+    """A pipeline or a part of one, safetensors only; `parts` go in place of the folder's own (None: without)."""
+    try:
+        return cls.from_pretrained(source, dtype=dtype, use_safetensors=True, local_files_only=local, **parts)
+    except (OSError, ValueError, ImportError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise BadInput(f"model: cannot load {clean(source)}: {clean(lines[0], 160)}") from None
+
+
+def assemble(
+    pipe: Pipe, family: Family, options: Options, shape: tuple[int, ...], codec: Codec, name: str
+) -> PipelineModel:
+    """Our adapters around the pipeline's own components, all frozen; samples [*S] are of this shape."""
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
-    net, side = getattr(pipe, family.net), latent_side(pipe, family, options.size)
-    tokens = (side // family.patch) ** 2
-    process = schedule.process_of(pipe.scheduler, tokens)
-    denoiser = network(net, process, schedule.kind_of(pipe.scheduler), family)
+    process = schedule.process_of(pipe.scheduler, math.prod(shape[1:]) // family.patch**2)
     return PipelineModel(
-        denoiser=denoiser, shape=(family.channels(net), side, side), name=name,
-        codec=AtSize(codec_of(pipe), options.size),
-        encode=lambda prompts: encode(pipe, family, options, prompts), pipe=pipe, family=family, options=options,
+        denoiser=network(getattr(pipe, family.net), process, pipe.scheduler, family), shape=shape, name=name,
+        codec=codec, encode=reader(pipe, family, options), pipe=pipe, family=family,
+        options=options,
     )  # fmt: skip
 
 
-def latent_side(pipe: Pipe, family: Family, size: int) -> int:
-    """Latents per side; the size must fill whole tokens."""
-    unit = pipe.vae_scale_factor * family.patch
-    if size <= 0 or size % unit:
-        raise BadInput(f"teacher.size: {size} is not a multiple of {unit}, as {family.name} needs")
-    return size // int(pipe.vae_scale_factor)
-
-
-def network(net: nn.Module, process: Process, kind: str, family: Family) -> Denoiser:
+def network(net: nn.Module, process: Process, scheduler: Any, family: Family) -> Denoiser:
     """The net behind our time: index k for VP, scale * sigma(t) for rectified flow."""
-    taps, call = family.taps(net), in_net_dtype(family.call)
+    taps, call, kind = family.taps(net), in_net_dtype(family.call), schedule.kind_of(scheduler)
     if isinstance(process, VP):
         made = Network(net, process, kind, call, time_scale="index", taps=taps)
     else:
-        made = Network(net, process, kind, by_sigma(call, process, family.flow_scale), taps=taps)
+        timed = by_sigma(call, process, family.flow_scale, schedule.whole_times(scheduler))
+        made = Network(net, process, kind, timed, taps=taps)
     return TokenFeatures(made) if family.net == "transformer" else made
 
 
@@ -209,86 +219,44 @@ class TokenFeatures(Denoiser):
 
 
 def in_net_dtype(call: Call) -> Call:
-    """A call whose conditions have the dtype of x: a float32 copy of a net is asked with half-precision text."""
+    """A call whose inputs have the dtype in which the net computes, whatever weights it keeps in float32.
+
+    A float32 copy of a net is asked with half-precision text; some of a half-precision net's own stay float32 (Wan).
+    """
 
     def cast(net: nn.Module, x: Tensor, t: Tensor, cond: Encoded) -> Tensor:
-        return call(net, x, t, {key: c.to(x.dtype) if c.is_floating_point() else c for key, c in cond.items()})
+        dtype = net.dtype
+        assert isinstance(dtype, torch.dtype)
+        rows = {key: c.to(dtype) if c.is_floating_point() else c for key, c in cond.items()}
+        return call(net, x.to(dtype), t, rows)
 
     return cast
 
 
-def by_sigma(call: Call, process: Process, scale: float) -> Call:
-    """A call whose time is scale * sigma(t): flow families with a shift count time in sigma, not in t."""
+def by_sigma(call: Call, process: Process, scale: float, whole: bool) -> Call:
+    """A call whose time is scale * sigma(t), or (`whole`) the whole number below.
+
+    Flow families with a shift count time in sigma, not in t.
+    """
 
     def timed(net: nn.Module, x: Tensor, t: Tensor, cond: Encoded) -> Tensor:
-        return call(net, x, (process.sigma(t) * scale).float(), cond)
+        time = process.sigma(t) * scale
+        # t is the float32 of a grid's time: 1e-3 keeps what is whole from falling below
+        return call(net, x, ((time + 1e-3).floor() if whole else time).float(), cond)
 
     return timed
 
 
-class AtSize:
-    """The autoencoder at the model's size: pictures of another size are resized (antialiased) before encoding."""
+def codec_of(pipe: Pipe, vae: nn.Module | None = None, chunk: int = 8) -> Autoencoder:
+    """latent = (vae(x) - shift) * scaling; per-channel statistics (some SDXL variants) are folded into both.
 
-    def __init__(self, inner: Autoencoder, size: int) -> None:
-        self.inner, self.size = inner, size
-
-    def encode(self, x: Tensor, gen: torch.Generator | None = None) -> Tensor:
-        """Pixels [B,3,H,W] of any size -> latents of the model's shape, with gradient."""
-        if x.shape[-2:] != (self.size, self.size):
-            x = nn.functional.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True).clamp(-1, 1)
-        return self.inner.encode(x, gen)
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Latents -> pixels [B,3,size,size] in about [-1,1], with gradient."""
-        return self.inner.decode(z)
-
-    def read(self, z: Tensor, space: str) -> Tensor:
-        """Pixels, whatever they are called."""
-        return self.decode(z)
-
-
-def codec_of(pipe: Pipe) -> Autoencoder:
-    """latent = (vae(x) - shift) * scaling; per-channel statistics (some SDXL variants) are folded into both."""
+    `vae` goes in place of the pipeline's own; `chunk` samples go through it at a time.
+    """
     config = pipe.vae.config
-    scaling, shift = config.scaling_factor, config.get("shift_factor") or 0.0
-    mean, std = config.get("latents_mean"), config.get("latents_std")
+    scaling, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
+    known = {**dict(pipe.vae.named_buffers()), **config}  # LTX has the statistics as buffers
+    mean, std = known.get("latents_mean"), known.get("latents_std")
     if mean is not None and std is not None:
-        scaling, shift = [scaling / s for s in std], list(mean)
-    codec = Autoencoder(pipe.vae, scaling, shift)
+        scaling, shift = [scaling / float(s) for s in std], [float(m) for m in mean]
+    codec = Autoencoder(pipe.vae if vae is None else vae, scaling, shift, chunk)
     return codec.to(pipe.device)
-
-
-@torch.no_grad()
-def encode(pipe: Pipe, family: Family, options: Options, prompts: list[str]) -> Encoded:
-    """Text by the pipeline's own encoders, one row a prompt."""
-    if family.net == "unet":  # CLIP alone; where T5 reads along, nothing is lost
-        tell_cut(pipe, prompts)
-    with quiet():
-        return {key: value.detach() for key, value in family.encode(pipe, list(prompts), options).items()}
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without diffusers' own warnings, which would come at every training step."""
-    logger = logging.getLogger("diffusers")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-def tell_cut(pipe: Pipe, prompts: list[str]) -> None:
-    """Say once for a pipeline that it reads only the beginning of a long prompt."""
-    limit = pipe.tokenizer.model_max_length
-    if getattr(pipe, "told_cut", False):
-        return
-    for prompt, ids in zip(prompts, pipe.tokenizer(list(prompts), verbose=False).input_ids, strict=True):
-        if len(ids) > limit:
-            pipe.told_cut = True
-            print(
-                f'warning: only {limit} tokens of a prompt are read; the end of "{clean(prompt, 60)}" is ignored',
-                file=sys.stderr,
-            )
-            return

@@ -21,15 +21,15 @@ JOINT = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 class Options:
     """The choices of a user that reach the family's conditions."""
 
-    size: int  # pixels, square
-    guidance: float  # enters the condition only where the net embeds it (Flux)
+    size: tuple[int, int]  # height and width in pixels
+    guidance: float  # enters the condition only where the net embeds it (Flux, HunyuanVideo)
 
 
 @dataclass(frozen=True)
 class Family:
     """A family: how its pipeline encodes text and how its net is called (time as the net wants it).
 
-    call(net, x, time, cond) -> raw [B,C,H,W]; encode(pipe, prompts, options) -> Encoded, one row a prompt.
+    call(net, x, time, cond) -> raw [B,*S]; encode(pipe, prompts, options) -> Encoded, one row a prompt.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Family:
     net: str  # the component that denoises
     encode: Callable[[Pipe, list[str], Options], Encoded]
     call: Callable[[Net, Tensor, Tensor, Encoded], Tensor]
-    sample_size: Callable[[Pipe], int]  # the family's usual side in pixels
+    sample_size: Callable[[Pipe], tuple[int, int]]  # the family's usual height and width in pixels
     targets: tuple[str, ...]  # modules that LoRA adapts
     taps: Callable[[Net], tuple[str, ...]]  # submodules whose outputs are the features for adversarial heads
     guidance: float  # the pipeline's own default
@@ -46,6 +46,8 @@ class Family:
     flow_scale: float = 1000.0  # the time of a flow net is this times sigma
     linear_sigmas: bool = False  # the pipeline hands sigmas 1 ... 1/n to its scheduler
     embeds_guidance: bool = False
+    swapped: bool = False  # the pipeline draws noise with the first two axes of *S in the other order
+    refused: tuple[str, ...] = ()  # parts of its pipelines without which alone they are understood
 
 
 def guidance_rows(value: float, like: Tensor) -> Tensor:

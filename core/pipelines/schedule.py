@@ -15,13 +15,15 @@ from limbeck.core.run.errors import BadInput
 FLOW = "FlowMatchEulerDiscreteScheduler"
 BETAS = ("linear", "scaled_linear")
 KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
+COGVIDEO = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")  # an SNR that is shifted and falls to zero
 # What changes the family's law or its steps in a way that our process and kernels do not follow.
-UNSUPPORTED = ("rescale_betas_zero_snr", "trained_betas", "thresholding", "invert_sigmas", "stochastic_sampling")
+ZERO_SNR = "rescale_betas_zero_snr"
+UNSUPPORTED = (ZERO_SNR, "trained_betas", "thresholding", "invert_sigmas", "stochastic_sampling")
 
 
 def refuse(name: str, config: dict[str, Any]) -> None:
     """One clear line for scheduler options that would silently change the samples."""
-    asked = [key for key in UNSUPPORTED if config.get(key)]
+    asked = [key for key in UNSUPPORTED if config.get(key) and not (name in COGVIDEO and key == ZERO_SNR)]
     if name == "DDIMScheduler" and config.get("clip_sample"):
         asked.append("clip_sample")
     if asked:
@@ -31,13 +33,18 @@ def refuse(name: str, config: dict[str, Any]) -> None:
 
 
 def is_flow(scheduler: Any) -> bool:
-    return type(scheduler).__name__ == FLOW
+    return type(scheduler).__name__ == FLOW or bool(scheduler.config.get("use_flow_sigmas"))
+
+
+def whole_times(scheduler: Any) -> bool:
+    """Whether the pipeline's net is asked at whole timesteps: solvers made for indices, where they follow a flow."""
+    return type(scheduler).__name__ != FLOW
 
 
 def flow_shift(config: dict[str, Any], tokens: int) -> float:
     """The shift s of sigma = s u / (1 + (s-1) u); dynamic: exp(mu), mu linear in the number of image tokens."""
     if not config.get("use_dynamic_shifting"):
-        return float(config.get("shift", 1.0))
+        return float(config.get("shift", config.get("flow_shift", 1.0)))
     mu = dynamic_mu(config, tokens)
     return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
 
@@ -63,7 +70,8 @@ def process_of(scheduler: Any, tokens: int) -> Process:
         )
     return VP(
         kind=schedule, count=config.get("num_train_timesteps", 1000),
-        beta_start=config.get("beta_start", 0.0001), beta_end=config.get("beta_end", 0.02))  # fmt: skip
+        beta_start=config.get("beta_start", 0.0001), beta_end=config.get("beta_end", 0.02),
+        snr_shift=config.get("snr_shift_scale", 1.0), zero_snr=config.get(ZERO_SNR, False))  # fmt: skip
 
 
 def kind_of(scheduler: Any) -> str:
@@ -92,7 +100,11 @@ def flow_grid(scheduler: Any, steps: int, tokens: int, linear: bool) -> Tensor:
 
 
 def index_grid(scheduler: Any, steps: int) -> Tensor:
-    """Index k of T is t = (k+1)/T. Schedulers that repeat or add timesteps (PNDM, Heun) give way to DDIM's grid."""
+    """Index k of T is t = (k+1)/T. Schedulers that repeat or add timesteps (PNDM, Heun) give way to DDIM's grid.
+
+    A step ends where the next begins. Diffusers' DDIM always steps by T // steps, which is the same but for timesteps
+    that are spaced otherwise ("linspace", or "trailing" where steps do not divide T).
+    """
     from diffusers import DDIMScheduler
 
     own = type(scheduler).from_config(scheduler.config)
@@ -108,6 +120,6 @@ def index_grid(scheduler: Any, steps: int) -> Tensor:
 
 def ends_at_data(scheduler: Any) -> bool:
     """Whether the last step lands on exact data, or (DDIM's set_alpha_to_one: false) on index 0."""
-    if type(scheduler).__name__ == "DDIMScheduler":
+    if type(scheduler).__name__ in ("DDIMScheduler", *COGVIDEO):
         return bool(scheduler.config["set_alpha_to_one"])
     return bool(scheduler.config.get("final_sigmas_type", "zero") == "zero")
