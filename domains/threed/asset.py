@@ -5,23 +5,25 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from limbeck.core.run.errors import BadInput, clean, did_you_mean
-from limbeck.domains.threed import bake, glb, objfile, surface, turntable
+from limbeck.domains.threed import bake, glb, objfile, surface, transforms, turntable
 from limbeck.domains.threed.bake import Textured
 from limbeck.domains.threed.cameras import ring
 from limbeck.domains.threed.config import Files
 from limbeck.domains.threed.scene import Meshed, Scene
+from limbeck.domains.threed.shape import decimated
 
 MESHES = {"glb": ".glb", "obj": ".obj", "ply": ".ply", "usdz": ".usdz"}
 SPLATS = {"splat-ply": ".ply", "splat": ".splat"}
 MOVIES = {"mp4": ".mp4", "gif": ".gif", "sheet": ".png"}
-SUFFIXES = {**MESHES, **SPLATS, **MOVIES}
+DATA = {"transforms": ".png"}  # pictures, beside their transforms.json
+SUFFIXES = {**MESHES, **SPLATS, **MOVIES, **DATA}
 FORMATS = tuple(SUFFIXES)
 # From a scene's axes (z up, front +x) to +Y up with the front at +Z, and to what Blender makes of that (front at -Y).
 TURNS = {"y": np.array([[0.0, 1, 0], [0, 0, 1], [1, 0, 0]]), "z": np.array([[0.0, 1, 0], [-1, 0, 0], [0, 0, 1]])}
@@ -50,9 +52,12 @@ def make(scene: Scene, options: Files) -> Made:
     if isinstance(scene, Meshed):
         return scene.asset(options)  # type: ignore[no-any-return]
     start = time.perf_counter()
-    mesh, facts = surface.extract(scene, options)
+    fine, facts = surface.whole(scene, options)
+    mesh = decimated(fine, options.faces, options.watertight)
     middle = time.perf_counter()
     asset, source = bake.textured(scene, mesh, options)
+    if options.normals:
+        asset = replace(asset, relief=bake.relief(asset, fine))
     shape = {"faces": len(mesh.faces), "vertices": len(mesh.vertices), "watertight": mesh.watertight}
     topology = {"components": mesh.components()[0], "euler": mesh.euler()}
     seconds = {"surface": round(middle - start, 3), "texture": round(time.perf_counter() - middle, 3)}
@@ -70,7 +75,8 @@ def export(scene: Scene, path: Path, format: str, options: Files, facts: dict[st
         )
     target = path if path.suffix == SUFFIXES[format] else path / f"asset{SUFFIXES[format]}"
     target.parent.mkdir(parents=True, exist_ok=True)
-    write = write_mesh if format in MESHES else write_splats if format in SPLATS else write_movie
+    kinds = ((MESHES, write_mesh), (SPLATS, write_splats), (MOVIES, write_movie), (DATA, write_data))
+    write = next(write for names, write in kinds if format in names)
     paths, found = write(scene, target, format, options)
     beside = target.with_suffix(".json")
     names = [one.name for one in paths]
@@ -117,3 +123,9 @@ def write_movie(scene: Scene, path: Path, format: str, options: Files) -> Writte
     cameras = ring(options.frames, options.size, distance=distance)
     paths = [turntable.gif(scene, cameras, path)] if format == "gif" else turntable.videos(scene, cameras, path)
     return paths, {"frames": options.frames, "size": options.size}
+
+
+def write_data(scene: Scene, path: Path, format: str, options: Files) -> Written:
+    """A data set of pictures with their cameras in nerfstudio's format, in the folder of `path`; scene units, z up."""
+    cameras = transforms.around(options.frames, options.size, 3 * float(scene.radius))
+    return transforms.write(scene, cameras, path.parent), {"views": options.frames, "size": options.size, "up": "z"}

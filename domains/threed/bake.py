@@ -24,6 +24,8 @@ Array = np.ndarray
 PADDING = 4  # texels between charts
 FINER = 8  # times smaller than the texture are the views that colours are taken from
 SLANT = 0.2  # cosine: a view sees less of a face that is turned further away
+NEAREST = 4  # vertices of the fine mesh that a texel's normal is taken from
+LEAST = 0.05  # of a mapped normal points outwards
 SOLID = 0.95  # alpha from which a pixel is not mixed with the background
 NEAR = 0.02  # of the ball's radius: what lies deeper behind the surface that a view sees is hidden
 
@@ -36,6 +38,26 @@ class Textured:
     normals: Array  # float64 [N,3]
     uv: Array  # float64 [N,2] in [0, 1], v down
     image: Array  # uint8 [S,S,3], sRGB
+    relief: Array | None = None  # uint8 [S,S,3], a map of normals in the frames of `tangents`
+
+    @property
+    def tangents(self) -> Array:
+        """glTF's frames [N,4]: a unit vector along u at right angles to the normal, and w = 1 or -1.
+
+        The third axis, w (normal x tangent), runs up the texture, against v.
+        """
+        corners, uv = self.mesh.corners, self.uv[self.mesh.faces]
+        (a, b), (p, q) = ((x[:, 1:] - x[:, :1]).swapaxes(0, 1) for x in (corners, uv))
+        area = q[:, 1:] * p[:, :1] - p[:, 1:] * q[:, :1]
+        along, down = (a * q[:, 1:] - b * p[:, 1:]) * np.sign(area), (b * p[:, :1] - a * q[:, :1]) * np.sign(area)
+        total = np.zeros((2, len(self.uv), 3))
+        for i in range(3):
+            for way, face in zip(total, (along, down), strict=True):
+                np.add.at(way, self.mesh.faces[:, i], face)
+        along = total[0] - (total[0] * self.normals).sum(1, keepdims=True) * self.normals
+        along = along / np.maximum(np.linalg.norm(along, axis=1, keepdims=True), 1e-30)
+        turn = -(np.cross(self.normals, along) * total[1]).sum(1, keepdims=True)
+        return np.concatenate([along, np.where(turn < 0, -1.0, 1.0)], 1)
 
     def moved(self, turn: Array, scale: float, shift: Array) -> Textured:
         """scale * (turn v) + shift at each vertex."""
@@ -83,11 +105,16 @@ def joined(mesh: Mesh, origin: Array, faces: Array, uv: Array, size: int) -> Tex
 
 @dataclass(frozen=True)
 class Texels:
-    """The texels that charts cover: their index [K] as row * S + column, places and normals [K,3]."""
+    """The texels that charts cover: their index [K] as row * S + column, places and normals [K,3].
+
+    Each lies in a face with these corners [K,3], whose shares are [K,3].
+    """
 
     index: Array
     place: Array
     normal: Array
+    corner: Array
+    share: Array
     size: int
 
     @classmethod
@@ -100,7 +127,12 @@ class Texels:
         index = np.flatnonzero(face >= 0)
         corner, share = faces[face[index]], weights[index][..., None]
         place, normal = ((values[corner] * share).sum(1) for values in (asset.mesh.vertices, asset.normals))
-        return cls(index, place, normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-12), size)
+        return cls(index, place, unit(normal), corner, weights[index], size)
+
+    def blend(self, values: Array) -> Array:
+        """Values [N,D] of vertices at the texels [K,D]."""
+        found: Array = (values[self.corner] * self.share[..., None]).sum(1)
+        return found
 
     def filled(self, colour: Array) -> Array:
         """The texture uint8 [S,S,3] of colours [K,3] in [-1, 1]; all other texels take the nearest one's."""
@@ -114,6 +146,34 @@ class Texels:
         rows, columns = distance_transform_edt(square, return_distances=False, return_indices=True)
         found: Array = image.reshape(self.size, self.size, 3)[rows, columns]
         return found
+
+
+def unit(vectors: Array) -> Array:
+    """Vectors [K,3] of length one."""
+    found: Array = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return found
+
+
+def relief(asset: Textured, fine: Mesh) -> Array:
+    """A map of the normals of a finer mesh, uint8 [S,S,3], for what an asset's own are too coarse for.
+
+    A texel takes those of the nearest vertices on its side of the surface, in the frame that viewers interpolate from
+    `tangents`: red along u, green up the texture, blue outwards.
+    """
+    from scipy.spatial import cKDTree
+
+    texels, frames = Texels.of(asset), asset.tangents
+    away, near = cKDTree(fine.vertices).query(texels.place, k=NEAREST)
+    normals = fine.normals[near]
+    same = (normals * texels.normal[:, None]).sum(2).clip(0)
+    weight = same / np.maximum(away, 1e-12) ** 2
+    wanted = (normals * weight[..., None]).sum(1)
+    wanted = unit(np.where(weight.sum(1, keepdims=True) > 0, wanted, texels.normal))
+    along, way = unit(texels.blend(frames[:, :3])), np.sign(texels.blend(frames[:, 3:]))
+    axes = np.stack([along, way * np.cross(texels.normal, along), texels.normal], 2)
+    local = np.linalg.solve(axes, wanted[..., None])[..., 0]
+    local[:, 2] = np.maximum(local[:, 2], LEAST)
+    return texels.filled(unit(local))
 
 
 def textured(scene: Scene, mesh: Mesh, options: Files) -> tuple[Textured, str]:

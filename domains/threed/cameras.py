@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 UP = (0.0, 0.0, 1.0)
+OVERHEAD = 60.0  # degrees of elevation from which a view is one from above
 ROW = 15  # numbers that a camera takes as a row of a condition
 
 
@@ -116,9 +117,9 @@ def ring(
     return orbit(azimuth, one * math.radians(elevation), one * distance, one * math.radians(fov), size, size)
 
 
-def direction(azimuth: float, elevation: float, front: float = 45.0, overhead: float = 60.0) -> str:
+def direction(azimuth: float, elevation: float, front: float = 45.0) -> str:
     """The view in words, degrees: DreamFusion's view-dependent prompts."""
-    if elevation > overhead:
+    if elevation > OVERHEAD:
         return "overhead"
     turned = abs((azimuth + 180) % 360 - 180)
     return "front" if turned < front else "back" if turned > 180 - front else "side"

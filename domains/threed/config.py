@@ -6,8 +6,8 @@ from pydantic import AfterValidator, Field
 
 from limbeck.core.diffusion.config import ProcessConfig, Vp
 from limbeck.core.run.config import OptimConfig
-from limbeck.core.run.recipe import Strict, Student, Teacher
-from limbeck.core.scheduled import Scheduled, within
+from limbeck.core.run.recipe import Reward, Strict, Student, Teacher
+from limbeck.core.scheduled import Scheduled, Step, within
 
 LINEAR = Vp.model_validate({})
 Count = Annotated[int, Field(ge=1)]
@@ -17,6 +17,16 @@ Splats = Annotated[int, Field(ge=1, le=1_000_000)]
 Span = tuple[Scheduled, Scheduled]
 Part = Annotated[float, Field(ge=-1, le=1)]
 Colour = tuple[Part, Part, Part]
+Decay = tuple[float, float, float]
+
+
+class PerpNeg(Strict):
+    """How a negative view weighs, -(a exp(-b r) + c), as (a, b, c); r runs from 0 to 1 over a quarter of the circle."""
+
+    front: Decay = (4.0, 0.5, -2.426)  # from the side (0) to the front (1)
+    side: Decay = (4.0, 0.5, -2.426)  # from the front (0) to the side (1)
+    side_behind: Decay = (1.0, 0.5, -0.606)  # from the back (0) to the side (1)
+    front_behind: Decay = (1.0, 0.5, 0.967)  # from the back (0) to the side (1)
 
 
 class Law(Strict):
@@ -33,8 +43,9 @@ class Law(Strict):
     jitter: Annotated[Scheduled, AfterValidator(within(0))] = 0.0  # of where it stands, DreamFusion's .1
     background: Colour | Literal["random"] = (1.0, 1.0, 1.0)
     albedo: Annotated[Scheduled, AfterValidator(within(0, 1))] = 1.0  # share of steps without a lamp; the rest: shape
-    words: bool = False  # adds ", front view" and the like, for teachers that see no camera
-    front: Positive = 45.0  # half the angle that counts as front, and as back
+    words: bool | Literal["perp_neg"] = False  # adds ", front view" and the like, for teachers that see no camera
+    front: Positive = 45.0  # half the angle that counts as front, and as back (perp_neg: views are blended instead)
+    perp_neg: PerpNeg = PerpNeg()
 
 
 class Solids(Strict):
@@ -55,6 +66,7 @@ class Files(Strict):
     watertight: bool = False  # never let the budget of faces open the surface
     level: Positive | None = None  # the density of the surface; null: where views stop
     resolution: Annotated[int, Field(ge=16, le=512)] = 96  # cells along the object's longest side
+    normals: bool = False  # a map of what the budget of faces takes from the surface's normals (GLB)
     smooth: Annotated[int, Field(ge=0, le=200)] = 0  # Taubin's passes, which keep the volume
     ground: bool = False  # keeps a sheet below the object, which score distillation likes to add
     colours: Literal["auto", "field", "views"] = "auto"  # auto: what looks more like the views
@@ -80,6 +92,14 @@ class ViewsTeacher(Strict):
     """A trained net of views: an embedded name, or a folder that the exporter `threed.views` wrote."""
 
     model: str = "views-32"
+
+
+class MultiView(Strict):
+    """A Stable Diffusion pipeline whose U-Net denoises several views together (MVDream)."""
+
+    of: Teacher  # image.teacher with the pipeline: Stable Diffusion 2.1 base for MVDream
+    weights: str | None = None  # safetensors of the multi-view U-Net, MVDream's or diffusers'; null: the pipeline's own
+    views: Count = 4  # together
 
 
 class ViewsQuality(Strict):
@@ -155,6 +175,37 @@ class Nerf(Strict):
     step: Positive | None = None  # of finite differences for normals, DreamFusion's .01; null: by autograd
 
 
+class Photos(Strict):
+    """A data set of pictures with their cameras: a folder with nerfstudio's transforms.json."""
+
+    folder: str
+    size: Annotated[int, Field(ge=1, le=4096)] = 64  # pixels along the longer side
+    hold: Annotated[int, Field(ge=2)] = 8  # every so many pictures one is held out
+    centred: bool = False  # brings the world into the scene's ball; false: it is a scene's world already, as exported
+
+
+class LikePhotos(Photos):
+    """The scene shows what is in pictures."""
+
+    optim: OptimConfig = OptimConfig(lr=1e-3)  # that of the other losses on the student
+
+
+class Nerfstudio(Strict):
+    """Scenes of nerfstudio's parts: density = the field's times exp(height (1 - |p| / reach))."""
+
+    field: Literal["nerfacto", "generfacto"] = "nerfacto"  # the latter's colours do not depend on the view
+    levels: Annotated[int, Field(ge=1, le=32)] = 8  # of the hash grid
+    entries: Annotated[int, Field(ge=4, le=24)] = 15  # binary logarithm of a level's table
+    finest: Count = 128  # cells along a side of the finest level
+    hidden: Count = 64  # of the nets
+    samples: Count = 24  # along a ray, beside those of the first pass
+    proposal: Count = 24  # of a first pass without gradient that says where they lie
+    height: float = 3.0
+    reach: Positive = 0.5  # scene units
+    radius: Positive = 1.0
+    particles: Count = 1
+
+
 class Amortised(Blob):
     """One net that writes the three feature planes of a scene for any of the run's prompts."""
 
@@ -194,7 +245,7 @@ class Latent(Strict):
     """Scenes in the teacher's latent channels (Latent-NeRF)."""
 
     of: Student  # threed.nerf or threed.gaussians
-    rgb: Annotated[int, Field(ge=0)] | None = None  # the step from which colours are refined; null: latents to the end
+    rgb: Step | None = None  # the step (or share of the run) from which colours are refined; null: latents to the end
 
 
 class Patches(Strict):
@@ -223,8 +274,8 @@ class DensityControl(Strict):
 
     optim: OptimConfig = OptimConfig(lr=1e-3)  # that of the other losses on the student
     every: Count = 50  # steps
-    start: Count = 100  # the first step after which splats change
-    end: Count = 10**9  # and the last
+    start: Step = 100  # the first step (or share of the run) after which splats change
+    end: Step = 10**9  # and the last
     threshold: Positive = 0.05  # of the gradient's mean norm over views, the picture's half side being 1
     large: Positive = 0.05  # scene units: a splat longer than that is split, a shorter one copied
     prune: Annotated[float, Field(ge=0, lt=1)] = 0.01  # opacity below which a splat goes
@@ -258,3 +309,7 @@ class Quality(Strict):
     """Scenes against their known objects at cameras that no step drew."""
 
     formats: list[str] = []  # files of the first scene that the evaluation leaves in the run's exports
+    judge: Reward | None = None  # of pictures and prompts: R-precision, and the words of views where nothing is known
+    prompts: list[str] = []  # among which it looks for the own one; none given: all objects that the teacher knows
+    likeness: Reward | None = None  # of a picture and that of its condition: how steady a turntable is (A-LPIPS)
+    views: Annotated[int, Field(ge=2, le=1000)] = 60  # of that turntable

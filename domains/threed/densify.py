@@ -51,6 +51,7 @@ class DensityControl:
 
     def __init__(self, source: Source, config: settings.DensityControl, player: Player) -> None:
         self.source, self.config, self.player = source, config, player
+        self.start, self.end = int(config.start), int(config.end)
         self.players = {player.name: player}
         self.student = cast(SceneStudent, source.student)
         self.scenes = cast(list[Gaussians], list(self.student.scenes))
@@ -59,13 +60,18 @@ class DensityControl:
     def phases(self, ctx: Context) -> Iterator[Phase]:
         """A phase of the student without a loss of its own, once statistics count; then, if it is time, the change."""
         done = ctx.step + 1
-        if self.config.start - self.config.every < done <= self.config.end:
+        if self.start - self.config.every < done <= self.end:
             yield Phase((self.player.name,), dict, partial(self.gather, ctx))
-            if done >= self.config.start and done % self.config.every == 0:
+            if done >= self.start and done % self.config.every == 0:
                 self.change(ctx)
 
-    @torch.no_grad()
     def gather(self, ctx: Context) -> None:
+        """Add what every part of the batch says."""
+        for _ in ctx.each():
+            self.add(ctx)
+
+    @torch.no_grad()
+    def add(self, ctx: Context) -> None:
         """Add this step's gradient on the screen, per view and with the picture's half side as unit."""
         found = self.source.sampled(ctx)
         screen, rows = found.aux["screen"], found.aux["rows"]
@@ -73,7 +79,8 @@ class DensityControl:
             return
         others: list[Tensor] = ctx.once("threed.other_screen", list)
         height, width = found.aux["image"].shape[-2:]
-        unit = screen.new_tensor([width / 2, height / 2]) * ctx.batch  # the loss is a mean over views
+        views = ctx.batch * len(ctx.parts)  # the loss is a mean over them
+        unit = screen.new_tensor([width / 2, height / 2]) * views
         norm = ((screen.grad - sum(others)) * unit).norm(dim=2)
         pull = self.pulls[self.scenes.index(cast(Gaussians, self.student.particle(found.cond)))]
         for kept, new in ((pull.total, norm), (pull.views, screen.grad.ne(0).any(2).to(norm))):
@@ -82,7 +89,7 @@ class DensityControl:
     @torch.no_grad()
     def change(self, ctx: Context) -> None:
         """Prune, then copy and split; statistics start again."""
-        gen, counts = ctx.draws.gen("threed.density_control"), torch.zeros(4)
+        gen, counts = ctx.whole.gen("threed.density_control"), torch.zeros(4)
         for scene, pull in zip(self.scenes, self.pulls, strict=True):
             faint = prune(scene, self.player, self.config.prune)
             if not scene.alive.any():
@@ -164,9 +171,10 @@ def build(config: settings.DensityControl, build: Build) -> DensityControl:
         raise BadInput("threed.density_control is for splats; set student.kind: threed.gaussians or drop this loss")
     if build.stage is None or len(build.stage.losses) < 2:
         raise BadInput("threed.density_control only listens to other losses; add one, such as kind: score")
-    if config.end < config.start:
-        raise BadInput(f"threed.density_control: end {config.end} is before start {config.start}; swap them")
-    return DensityControl(source, config, build.player("student", source.student, plain(config.optim)))
+    control = DensityControl(source, config, build.player("student", source.student, plain(config.optim)))
+    if control.end < control.start:
+        raise BadInput(f"threed.density_control: end {control.end} is before start {control.start}; swap them")
+    return control
 
 
 def _splats(student: SceneStudent) -> bool:

@@ -23,58 +23,68 @@ LINEAR, MIPMAPS, CLAMP = 9729, 9987, 33071
 
 
 def png(image: np.ndarray) -> bytes:
-    """An sRGB picture uint8 [H,W,3] as a PNG file."""
+    """A picture uint8 [H,W,3] as a PNG file."""
     out = io.BytesIO()
     Image.fromarray(image).save(out, "PNG", optimize=True)
     return out.getvalue()
 
 
+def parts(asset: Textured) -> dict[str, np.ndarray]:
+    """What is said of each vertex, by glTF's names; frames where there is a map of normals."""
+    found = {"POSITION": asset.mesh.vertices, "NORMAL": asset.normals, "TEXCOORD_0": asset.uv}
+    frames = {} if asset.relief is None else {"TANGENT": asset.tangents}
+    return {name: values.astype("<f4") for name, values in {**found, **frames}.items()}
+
+
 def write(asset: Textured, path: Path, name: str = "asset") -> Path:
     """Writes an asset that stands as glTF has it (+Y up)."""
-    mesh = asset.mesh
-    blocks = [
-        mesh.vertices.astype("<f4").tobytes(),
-        asset.normals.astype("<f4").tobytes(),
-        asset.uv.astype("<f4").tobytes(),
-        mesh.faces.astype("<u4").tobytes(),
-        png(asset.image),
-    ]
+    each, images = parts(asset), [asset.image] + ([] if asset.relief is None else [asset.relief])
+    blocks = [*(values.tobytes() for values in each.values()), asset.mesh.faces.astype("<u4").tobytes()]
+    targets = [{"target": VERTICES}] * len(each) + [{"target": CORNERS}] + [{}] * len(images)
+    blocks += [png(image) for image in images]
     views, offset = [], 0
-    for i, block in enumerate(blocks):
-        target = {} if i == 4 else {"target": CORNERS if i == 3 else VERTICES}
+    for block, target in zip(blocks, targets, strict=True):
         views.append({"buffer": 0, "byteOffset": offset, "byteLength": len(block), **target})
         offset += len(block) + -len(block) % 4
     body = b"".join(block + b"\0" * (-len(block) % 4) for block in blocks)
-    head = json.dumps(header(asset, views, len(body), name), separators=(",", ":")).encode()
+    said = header(each, asset.mesh.faces.size, views, len(body), name)
+    head = json.dumps(said, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 4)
     chunks = struct.pack("<II", len(head), 0x4E4F534A) + head + struct.pack("<II", len(body), 0x004E4942) + body
     path.write_bytes(struct.pack("<III", 0x46546C67, 2, 12 + len(chunks)) + chunks)
     return path
 
 
-def header(asset: Textured, views: list[dict[str, int]], size: int, name: str) -> dict[str, Any]:
-    """The JSON of a file whose body of `size` bytes holds vertices, normals, uv, corners and picture, in this order."""
-    vertices, count = asset.mesh.vertices.astype(np.float32), len(asset.mesh.vertices)
-    bounds = {"min": vertices.min(0).tolist(), "max": vertices.max(0).tolist()}
-    kinds = [("VEC3", FLOAT, count), ("VEC3", FLOAT, count), ("VEC2", FLOAT, count)]
-    kinds.append(("SCALAR", INDEX, asset.mesh.faces.size))
+def header(
+    each: dict[str, np.ndarray], corners: int, views: list[dict[str, int]], size: int, name: str
+) -> dict[str, Any]:
+    """The JSON of a file whose body of `size` bytes holds `each` of the vertices, the corners, and pictures."""
+    bounds = {"min": each["POSITION"].min(0).tolist(), "max": each["POSITION"].max(0).tolist()}
+    kinds = [(f"VEC{values.shape[1]}", FLOAT, len(values)) for values in each.values()]
+    kinds.append(("SCALAR", INDEX, corners))
     accessors: list[dict[str, Any]] = [
         {"bufferView": i, "type": kind, "componentType": number, "count": n}
         for i, (kind, number, n) in enumerate(kinds)
     ]
     accessors[0] |= bounds
-    surface = {"baseColorTexture": {"index": 0}, "metallicFactor": 0.0, "roughnessFactor": 1.0}
-    attributes = {"POSITION": 0, "NORMAL": 1, "TEXCOORD_0": 2}
+    pictures = range(len(kinds), len(views))
+    names = [name, f"{name} normals"]
+    surface: dict[str, Any] = {"baseColorTexture": {"index": 0}, "metallicFactor": 0.0, "roughnessFactor": 1.0}
+    bumps = {"normalTexture": {"index": 1}} if len(pictures) > 1 else {}
+    primitive = {"attributes": {key: i for i, key in enumerate(each)}, "indices": len(each), "material": 0, "mode": 4}
     return {
         "asset": {"version": "2.0", "generator": "limbeck"},
         "scene": 0,
         "scenes": [{"nodes": [0]}],
         "nodes": [{"mesh": 0, "name": name}],
-        "meshes": [{"name": name, "primitives": [{"attributes": attributes, "indices": 3, "material": 0, "mode": 4}]}],
-        "materials": [{"name": name, "pbrMetallicRoughness": surface, "doubleSided": False}],
-        "textures": [{"sampler": 0, "source": 0}],
+        "meshes": [{"name": name, "primitives": [primitive]}],
+        "materials": [{"name": name, "pbrMetallicRoughness": surface, **bumps, "doubleSided": False}],
+        "textures": [{"sampler": 0, "source": i} for i in range(len(pictures))],
         "samplers": [{"magFilter": LINEAR, "minFilter": MIPMAPS, "wrapS": CLAMP, "wrapT": CLAMP}],
-        "images": [{"name": name, "bufferView": 4, "mimeType": "image/png"}],
+        "images": [
+            {"name": what, "bufferView": view, "mimeType": "image/png"}
+            for what, view in zip(names, pictures, strict=False)
+        ],
         "accessors": accessors,
         "bufferViews": views,
         "buffers": [{"byteLength": size}],

@@ -121,7 +121,8 @@ def build(config: settings.Latent, build: Build) -> SceneStudent:
         raise BadInput(f"student.of: {config.of.kind} has no latent channels; use threed.nerf or threed.gaussians")
     model: Model = build.piece("teacher")
     inner: SceneStudent = build.part("student", config.of.model_copy(update={"latent": True}))
-    scenes = [LatentScene(scene, model.codec, build.device, config.rgb) for scene in inner.scenes]
+    rgb = None if config.rgb is None else int(config.rgb)
+    scenes = [LatentScene(scene, model.codec, build.device, rgb) for scene in inner.scenes]
     return SceneStudent(scenes, model.codec).to(build.device)
 
 

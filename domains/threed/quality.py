@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from limbeck.core.diffusion.denoiser import Model, repeat_cond
+from limbeck.core.rewards.base import Reward
+from limbeck.core.rewards.pieces import inner
 from limbeck.core.run.build import Build
+from limbeck.core.run.errors import BadInput
 from limbeck.core.run.rng import generator
 from limbeck.domains.threed import config as settings
-from limbeck.domains.threed import known as metrics
-from limbeck.domains.threed import space
-from limbeck.domains.threed.cameras import ring
+from limbeck.domains.threed import known, metrics, space
+from limbeck.domains.threed.cameras import Cameras, ring
 from limbeck.domains.threed.known import Known
 from limbeck.domains.threed.scene import Scene, seen
 
 Row = dict[str, float | str]
+RING = 12  # views that a judge sees of an asset whose object is not known
 LATE = 0.98  # the time at which the teacher's one-step prediction is taken: hardly anything of x is left
 
 
@@ -32,17 +36,20 @@ def rows(config: settings.Quality, build: Build) -> Iterator[Row]:
     for format in config.formats:
         build.note(f"writing {format}")
         build.piece("space").export(build, build.folder / "exports" / format, format)
-    many = len(space.texts(build)) > 1
+    many, judge = len(space.texts(build)) > 1, Judge.of(config, build)
     for (prompt, scene), title in zip(space.shown(build), space.titles(build), strict=True):
         truth = Known.of(build, prompt)
-        yield {"what": title or "scene", **facts(scene), **(compared(build, scene, truth) if truth else {})}
+        own = compared(build, scene, truth) if truth else {}
+        yield {"what": title or "scene", **facts(scene), **own, **judge(scene, prompt, truth)}
     for prompt in space.texts(build):
         if truth := Known.of(build, prompt):
             of = f" of {prompt}" * many
             answer, white = one_step(build, truth, prompt), torch.ones_like(truth.image)
-            yield {"what": f"teacher in one step at t = {LATE}{of}", "PSNR": metrics.psnr(answer, truth.image),
-                   "SSIM": metrics.ssim(answer, truth.image)}  # fmt: skip
-            yield {"what": f"a white picture{of}", "PSNR": metrics.psnr(white, truth.image)}
+            yield {"what": f"teacher in one step at t = {LATE}{of}", "PSNR": known.psnr(answer, truth.image),
+                   "SSIM": known.ssim(answer, truth.image)}  # fmt: skip
+            if judge.judge is not None:
+                yield {"what": f"the object itself{of}", **judge.fit(truth.image, prompt)}
+            yield {"what": f"a white picture{of}", "PSNR": known.psnr(white, truth.image)}
 
 
 def facts(scene: Scene) -> Row:
@@ -61,15 +68,71 @@ def sharpness(image: Tensor) -> float:
 def compared(build: Build, scene: Scene, truth: Known) -> Row:
     """PSNR, SSIM and silhouettes against the true object, and which known object the views resemble most."""
     found = seen(scene, truth.cameras)
-    image = build.piece("space").pixels(build, found.image) if build.has("space") else found.image
+    image = pixels(build, found.image)
     best, other = retrieved(build, image)
+    faces = metrics.janus(image, truth)
     return {
-        "PSNR": metrics.psnr(image, truth.image),
-        "SSIM": metrics.ssim(image, truth.image),
-        "silhouette IoU": metrics.overlap(found.alpha, truth.alpha),
+        "PSNR": known.psnr(image, truth.image),
+        "SSIM": known.ssim(image, truth.image),
+        "silhouette IoU": known.overlap(found.alpha, truth.alpha),
         "nearest object": best,
         "own prompt": float(torch.equal(other, truth.image)),
+        "Janus": "" if faces is None else faces,
     }
+
+
+def pixels(build: Build, image: Tensor) -> Tensor:
+    """Pictures of a scene as RGB."""
+    found: Tensor = build.piece("space").pixels(build, image) if build.has("space") else image
+    return found
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What the recipe's rewards say of an asset's views; nothing without them."""
+
+    build: Build
+    judge: Reward | None
+    likeness: Reward | None
+    among: list[str]  # prompts of which one is to be found
+    views: int
+
+    @classmethod
+    def of(cls, config: settings.Quality, build: Build) -> Judge:
+        """The rewards that the recipe names."""
+        judge, likeness = (inner(one, build) if one else None for one in (config.judge, config.likeness))
+        denoiser: Any = build.piece("teacher").denoiser
+        among = config.prompts or list(getattr(denoiser, "prompts", ()))
+        if judge and not {*among} - {*space.texts(build)}:
+            raise BadInput("a judge has to find the prompt among others; give some: eval.0.prompts")
+        return cls(build, judge, likeness, among, config.views)
+
+    def __call__(self, scene: Scene, prompt: str, truth: Known | None) -> Row:
+        """The columns of one scene."""
+        found: Row = {}
+        if self.judge is not None:
+            cameras = truth.cameras if truth else self.ring(RING)
+            image = pixels(self.build, seen(scene, cameras).image)
+            found |= self.fit(image, prompt)
+            if truth is None:
+                front, behind = metrics.front_words(self.judge, image, cameras, prompt)
+                found |= {'"front" in front': front, '"front" behind': behind}
+        if self.likeness is not None:
+            image = pixels(self.build, seen(scene, self.ring(self.views)).image)
+            found[f"A-{self.likeness.name}"] = metrics.between_neighbours(self.likeness, image)
+        return found
+
+    def fit(self, image: Tensor, prompt: str) -> Row:
+        """R-precision of pictures [V,3,H,W] beside that of chance."""
+        if self.judge is None:
+            return {}
+        share = metrics.r_precision(self.judge, image, prompt, self.among)
+        return {f"R-precision ({self.judge.name})": share, "chance": 1 / len({prompt, *self.among})}
+
+    def ring(self, count: int) -> Cameras:
+        """A turntable as the run's own law has it."""
+        found: Cameras = self.build.piece("space").ring(self.build, count)
+        return found
 
 
 def retrieved(build: Build, image: Tensor) -> tuple[str, Tensor]:

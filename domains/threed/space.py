@@ -66,7 +66,7 @@ class Assets:
 
     def ring(self, build: Build, count: int) -> cameras.Cameras:
         """Cameras around the asset as the recipe's law has them."""
-        law, last = build.recipe.data, build.recipe.steps
+        law, last = build.config("data"), build.recipe.steps
         size = self.config.size or int(at(law.size, last))
         distance = max(at(end, last) for end in law.distance)
         return cameras.ring(count, size, distance=distance)

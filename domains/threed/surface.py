@@ -61,7 +61,13 @@ def densities(scene: Scene, low: Array, step: float, counts: tuple[int, ...]) ->
 
 
 def extract(scene: Scene, options: Files) -> tuple[Mesh, Facts]:
-    """The cleaned mesh in scene units, and what was found: the level, the highest density, what was swept away.
+    """The cleaned mesh in scene units with few enough faces, and what `whole` found."""
+    mesh, found = whole(scene, options)
+    return decimated(mesh, options.faces, options.watertight), found
+
+
+def whole(scene: Scene, options: Files) -> tuple[Mesh, Facts]:
+    """The cleaned mesh with all its faces, and what was found: the level, the highest density, what was swept away.
 
     Raises BadInput where there is no surface, with the highest density and a level that would give one.
     """
@@ -82,14 +88,13 @@ def extract(scene: Scene, options: Files) -> tuple[Mesh, Facts]:
     sheet = 0 if options.ground else ground(grid.values > level)
     grid.values[:, :, :sheet] = 0.0
     mesh, crumbs = swept(marched(grid, level))
-    mesh = decimated(smoothed(mesh, options.smooth), options.faces, options.watertight)
     found: Facts = {
         "level": level,
         "highest density": grid.highest,
         "components dropped": crumbs,
         "ground dropped": sheet > 0,
     }
-    return mesh, found
+    return smoothed(mesh, options.smooth), found
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ import torch
 
 from limbeck.core.diffusion import checks
 from limbeck.core.diffusion.checks import Counted, two_classes
-from limbeck.core.diffusion.denoiser import Network, predict
-from limbeck.core.diffusion.guidance import combine, guide
+from limbeck.core.diffusion.denoiser import Network, Prediction, predict
+from limbeck.core.diffusion.guidance import blended, combine, guide, perp_neg, perpendicular, unpacked
 from limbeck.core.diffusion.mixture import GaussianMixture
 from limbeck.core.diffusion.process import EDM, VP, Flow
 from limbeck.core.diffusion.sampling import ddim, sample, trajectory
@@ -145,3 +145,75 @@ def test_scales_per_sample_follow_a_resampling():
     alone = guide(two_classes(), {"label": torch.tensor([-1, -1, 0, 0])}, scale[index])
     expected = alone.predict(first.x_next, torch.full((4,), 0.6), {"label": cond["label"][index]})
     assert torch.equal(second.pred.raw, expected.raw)
+
+
+MEANS = torch.randn(4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+WEIGHTS = torch.tensor([[-1.5, -0.4], [0.0, -2.0], [-0.7, 0.0]], dtype=torch.float64)
+
+
+def perp_neg_of_gaussians(found=perp_neg, process=None, weights=WEIGHTS):
+    """Four Gaussians of one deviation: wanted, two others, null. The answer is the Gaussian of one shifted mean."""
+    process = process or VP("cosine")
+    teacher = GaussianMixture(MEANS, 0.5, process, classes=range(4))
+    x_t, t = torch.randn(3, 6, generator=torch.Generator().manual_seed(2)).double(), torch.tensor([0.2, 0.5, 0.8])
+    queries = [(x_t, t, {"label": torch.tensor([k])}) for k in range(4)]
+    cond, one, two, null = predict(teacher, queries)
+    wanted, *others = MEANS[:3] - MEANS[3]
+    mean = wanted.expand(3, -1)
+    for k, other in enumerate(others):
+        mean = mean + WEIGHTS[:, k, None] * (other - (other @ wanted) / (wanted @ wanted) * wanted)
+    exact = [GaussianMixture((MEANS[3] + 4.0 * m)[None], 0.5, process) for m in mean]
+    right = torch.cat([g.predict(x_t[i : i + 1], t[i : i + 1], {}).eps for i, g in enumerate(exact)])
+    return float((found(cond, null, [one, two], weights, 4.0).eps - right).abs().max())
+
+
+@pytest.mark.parametrize("process", [VP("cosine"), EDM(), Flow()], ids=["vp", "edm", "flow"])
+def test_perp_neg_of_gaussians_is_the_gaussian_of_the_shifted_mean(process):
+    assert perp_neg_of_gaussians(process=process) < 1e-9
+
+
+def read(like, eps):
+    return Prediction(eps, like.x_t, like.t, like.process, "eps")
+
+
+def onto_the_negative(c, u, others, w, g):
+    e, away = c.eps - u.eps, 0
+    for k, other in enumerate(others):
+        away = away + w[:, k, None] * perpendicular(e, other.eps - u.eps)
+    return read(u, u.eps + g * (e + away))
+
+
+def without_the_null(c, u, others, w, g):
+    away = sum(w[:, k, None] * perpendicular(o.eps, c.eps) for k, o in enumerate(others))
+    return read(u, u.eps + g * (c.eps - u.eps + away))
+
+
+def whole(c, u, others, w, g):
+    away = sum(w[:, k, None] * (o.eps - u.eps) for k, o in enumerate(others))
+    return read(u, u.eps + g * (c.eps - u.eps + away))
+
+
+def test_wrong_perp_negs_are_caught():
+    """Projected on the negative, the null not subtracted, the part in common taken away too, weights swapped."""
+    for wrong in (onto_the_negative, without_the_null, whole):
+        assert perp_neg_of_gaussians(wrong) > 0.1
+    assert perp_neg_of_gaussians(weights=WEIGHTS.flip(1)) > 0.1
+
+
+def test_a_negative_that_is_the_prompt_takes_nothing_away():
+    x, t, label = batch()
+    cond, null = predict(two_classes(), [(x, t, label), (x, t, NULL)])
+    torch.testing.assert_close(perp_neg(cond, null, [cond], -torch.ones(8, 1), 3.0).raw, combine(cond, null, 3.0).raw)
+
+
+def test_prompts_are_blended_and_what_they_are_not_to_be_is_packed():
+    states, mask = torch.randn(3, 2, 5), torch.tensor([[1, 1], [1, 0], [0, 1]])
+    asked = {"shares": torch.tensor([[0.25, 0.75, 0.0], [0.0, 0.0, 1.0]]), "others": torch.tensor([[0, 2], [1, 0]])}
+    asked |= {"against": -torch.ones(2, 2), "camera": torch.rand(2, 15)}
+    cond, others, weights = unpacked(blended({"states": states, "mask": mask}, asked))
+    torch.testing.assert_close(cond["states"], torch.stack([states[0] * 0.25 + states[1] * 0.75, states[2]]))
+    assert torch.equal(cond["mask"], mask[[1, 2]]) and torch.equal(weights, asked["against"])
+    assert [set(c) for c in (cond, *others)] == [{"states", "mask", "camera"}] * 3
+    assert torch.equal(others[1]["states"], states[[2, 0]]) and torch.equal(others[1]["camera"], asked["camera"])
+    plain, none, gone = unpacked(blended({"states": states}, {"camera": torch.rand(3, 15)}))
+    assert torch.equal(plain["states"], states) and not none and gone is None

@@ -1,9 +1,16 @@
 """Shared by the 3D tests."""
 
-from collections.abc import Iterator
+import importlib.util
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from limbeck.core.run import job
+from limbeck.core.run.recipe import Recipe
 
 
 @pytest.fixture
@@ -13,3 +20,34 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny random pipeline shaped as Stable Diffusion."""
+    place = Path(__file__).parents[1] / "image" / "tiny.py"
+    spec = importlib.util.spec_from_file_location("tiny", place)
+    assert spec and spec.loader
+    tiny: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tiny)
+    return Path(tiny.build("sd15", tmp_path_factory.mktemp("pipelines")))
+
+
+@pytest.fixture
+def resumed(tmp_path: Path) -> Callable[[Recipe], tuple[bytes, bytes]]:
+    """Two steps, and the last of them again from the checkpoint of the first: both ends as files."""
+
+    def weights(run: Path) -> list[Path]:
+        return sorted((run / "checkpoints").rglob("*.safetensors"))
+
+    def both(recipe: Recipe) -> tuple[bytes, bytes]:
+        run = tmp_path / "run"
+        assert job.run(recipe, run, device="cpu", quiet=True) == 0
+        end = weights(run)[-1]
+        found = end.read_bytes()
+        shutil.rmtree(end.parent)
+        assert len(weights(run)) == 1
+        assert job.run(recipe, run, device="cpu", resume=True, quiet=True) == 0
+        return found, end.read_bytes()
+
+    return both

@@ -1,8 +1,6 @@
 """A teacher of pictures makes scenes: a tiny pipeline shaped as Stable Diffusion, its autoencoder in the gradient."""
 
-import importlib.util
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,17 +10,6 @@ from limbeck.core.run.build import Build
 from limbeck.core.run.distributed import Team
 from limbeck.core.run.recipe import load
 from limbeck.core.run.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny random pipeline."""
-    place = Path(__file__).parents[1] / "image" / "tiny.py"
-    spec = importlib.util.spec_from_file_location("tiny", place)
-    assert spec and spec.loader
-    tiny: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tiny)
-    return Path(tiny.build("sd15", tmp_path_factory.mktemp("pipelines")))
 
 
 def sets(pipeline: Path, *more: str) -> list[str]:
