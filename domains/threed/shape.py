@@ -127,19 +127,23 @@ def smoothed(mesh: Mesh, passes: int, shrink: float = 0.5, grow: float = -0.53) 
 def decimated(mesh: Mesh, faces: int, closed: bool = False) -> Mesh:
     """At most `faces` faces by quadric error (Garland and Heckbert 1997, the `fast-simplification` package).
 
-    Gentler passes are tried where a hasty one opens the mesh. If all do, an open mesh is returned; with `closed` larger
-    budgets are tried, up to the whole mesh.
+    Gentler passes are tried where a hasty one opens the mesh. If all open it, or miss the budget, the gentlest open one
+    within the budget is returned; with `closed` larger budgets are tried, up to the whole mesh.
     """
     simplify = load("fast_simplification").simplify
     budget, points = faces, mesh.vertices.astype(np.float32)
     while budget < len(mesh.faces):
+        opened: Mesh | None = None
         for haste in HASTE:
             found = Mesh(*simplify(points, mesh.faces.astype(np.int32), target_count=budget, agg=haste))
             found = Mesh(found.vertices.astype(np.float64), found.faces.astype(np.int64)).welded()
-            if len(found.faces) <= budget and found.watertight:
+            if len(found.faces) > budget:
+                continue
+            if found.watertight:
                 return found
-        if not closed:
-            return found
+            opened = found
+        if opened is not None and not closed:
+            return opened
         budget = budget * 3 // 2
     return mesh
 

@@ -136,6 +136,20 @@ def test_the_budget_of_faces_holds_and_never_opens_a_watertight_mesh() -> None:
     assert crumpled.watertight and crumpled.volume > 0
 
 
+def test_a_pass_that_misses_the_budget_is_never_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hasty pass opens the mesh, the gentle ones keep it closed with too many faces."""
+    mesh, _ = surface.extract(solid.Solid(), SMALL)
+
+    class Simplifier:
+        @staticmethod
+        def simplify(points: Any, faces: Any, target_count: int, agg: int) -> Any:
+            return (points, faces[:50]) if agg == shape.HASTE[0] else (points, faces)
+
+    monkeypatch.setattr(shape, "load", lambda name: Simplifier)
+    assert len(shape.decimated(mesh, 60).faces) == 50
+    assert shape.decimated(mesh, 60, closed=True).watertight
+
+
 def test_smoothing_keeps_the_volume() -> None:
     mesh, _ = surface.extract(solid.Solid(), SMALL)
     gen = np.random.default_rng(0)
