@@ -249,7 +249,7 @@ def test_the_objectives_train_clips_unchanged(factory, asked):
     assert not any(torch.equal(a, b) for a, b in zip(before, objective.player.tensors, strict=True))
     assert all(p.grad is None for p in source.model.denoiser.parameters())
     if factory is reflow.build_reflow:
-        assert objective.loss.legs.batches == 2 and sorted(objective.loss.legs.kept) == [0, 1]
+        assert objective.loss.legs.batches == 2 and sorted(objective.loss.legs.kept) == [(0, 0), (1, 0)]
     else:
         kept = objective.state()["shadow/denoiser.mix.weight"]
         assert torch.equal(kept, before[0])

@@ -76,7 +76,7 @@ def test_only_the_high_scorers_of_the_oracle_are_learned_from() -> None:
 
 
 def test_tuning_starts_from_the_template() -> None:
-    recipe = load("sequence/drakes-splice", ["data.among=8"])
+    recipe = load("sequence/drakes-splice", ["data.regions=16", "data.least=0.5"])
     pool = Build(recipe).piece("data")
     text = recipe.sample.prompts[0]
     assert pool.prompts(3, generator(0, "t", 0)) == [text] * 3 and pool.best is None
