@@ -1,6 +1,5 @@
 """Shared by the image tests: tiny pipelines, built once a session."""
 
-import importlib.util
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +13,10 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def tiny() -> Any:
-    """The module tests/image/tiny.py."""
-    spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The module tiny_pictures."""
+    import tiny_pictures
+
+    return tiny_pictures
 
 
 @pytest.fixture(scope="session")

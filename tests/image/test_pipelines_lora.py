@@ -8,12 +8,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from peft import PeftModel
+from tiny_pictures import stirred
 from torch import Tensor
 
 from limbeck.core.diffusion.denoiser import FewStep
 from limbeck.core.diffusion.sampling import ddim
 from limbeck.core.diffusion.sampling import sample as walk
-from limbeck.core.distillation.lora import Patched
 from limbeck.core.pipelines import PipelineModel, lora
 from limbeck.domains.image import pipelines
 
@@ -25,15 +25,6 @@ Folder = Callable[[str], Path]
 
 def load(pipeline_folder: Folder, family: str) -> PipelineModel:
     return pipelines.load_pipeline(str(pipeline_folder(family)), size=16)
-
-
-def stirred(patch: Patched) -> Patched:
-    """B away from zero, so that the patch shows."""
-    gen = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for up in patch.lora.up.values():
-            up.weight.copy_(0.15 * torch.randn(up.weight.shape, generator=gen))
-    return patch
 
 
 def noise(model: PipelineModel) -> Tensor:

@@ -1,7 +1,5 @@
 """Shared by the sequence tests."""
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +10,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def tiny() -> Any:
-    """The module tests/sequence/tiny.py."""
-    spec = importlib.util.spec_from_file_location("sequence_tiny", Path(__file__).with_name("tiny.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The module tiny_sequences."""
+    import tiny_sequences
+
+    return tiny_sequences

@@ -1,10 +1,8 @@
 """Shared by the 3D tests."""
 
-import importlib.util
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,12 +23,9 @@ def threads() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny random pipeline shaped as Stable Diffusion."""
-    place = Path(__file__).parents[1] / "image" / "tiny.py"
-    spec = importlib.util.spec_from_file_location("tiny", place)
-    assert spec and spec.loader
-    tiny: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tiny)
-    return Path(tiny.build("sd15", tmp_path_factory.mktemp("pipelines")))
+    import tiny_pictures
+
+    return Path(tiny_pictures.build("sd15", tmp_path_factory.mktemp("pipelines")))
 
 
 @pytest.fixture

@@ -1,12 +1,10 @@
 """Textures: charts that do not overlap, texels that have the colours of their places, and views that beat a field."""
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+import solid
 import torch
 
 from limbeck.core.run.errors import BadInput
@@ -14,11 +12,6 @@ from limbeck.domains.threed import bake, raster, surface
 from limbeck.domains.threed.bake import Textured
 from limbeck.domains.threed.config import Files
 from limbeck.domains.threed.shape import Mesh
-
-spec = importlib.util.spec_from_file_location("threed_solid", Path(__file__).with_name("solid.py"))
-assert spec and spec.loader
-solid: Any = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(solid)
 
 FILES = Files(resolution=40, faces=1500, texture=256, colours="field")
 

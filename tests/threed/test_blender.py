@@ -3,24 +3,18 @@
 BLENDER names an interpreter that has `bpy` (`make test-blender` installs one); without it there is nothing to test.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+import solid
 from PIL import Image
 
 from limbeck.domains.threed import asset
 from limbeck.domains.threed.config import Files
-
-spec = importlib.util.spec_from_file_location("threed_solid", Path(__file__).with_name("solid.py"))
-assert spec and spec.loader
-solid: Any = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(solid)
 
 SIDES = (0.3, 0.5, 0.6)  # halves of a box, depth, width and height
 

@@ -1,6 +1,5 @@
 """All formats of assets: written, read back by others' readers, with their facts; and meshes that cannot be read."""
 
-import importlib.util
 import json
 import math
 import sys
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import solid
 import torch
 import trimesh
 from PIL import Image
@@ -20,11 +20,6 @@ from limbeck.domains.threed.cameras import ring
 from limbeck.domains.threed.config import Files
 from limbeck.domains.threed.gaussians import Gaussians
 from limbeck.domains.threed.rasteriser import Splats
-
-spec = importlib.util.spec_from_file_location("threed_solid", Path(__file__).with_name("solid.py"))
-assert spec and spec.loader
-solid: Any = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(solid)
 
 FILES = Files(resolution=32, faces=600, texture=256, colours="field", height=2.0, frames=5, size=33)
 TRIANGLE = "v 0 0 0\nv 1 0 0\nv 0 1 0\n"

@@ -1,6 +1,5 @@
 """GLB files as other readers see them: axes, units, colours, and pictures of them beside the scene's own."""
 
-import importlib.util
 import io
 import json
 import re
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import solid
 import torch
 import trimesh
 from PIL import Image
@@ -21,11 +21,6 @@ from limbeck.domains.threed.bake import Textured
 from limbeck.domains.threed.cameras import Cameras, ring
 from limbeck.domains.threed.config import Files
 from limbeck.domains.threed.shape import Mesh
-
-spec = importlib.util.spec_from_file_location("threed_solid", Path(__file__).with_name("solid.py"))
-assert spec and spec.loader
-solid: Any = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(solid)
 
 FILES = Files(resolution=48, faces=800, texture=256, height=1.8)
 

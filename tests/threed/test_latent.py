@@ -1,6 +1,5 @@
 """Latent scenes: the codec of patches and its teacher, maps between latents and colours, stages, a guide of shape."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -195,17 +194,6 @@ def test_a_scene_becomes_its_guide() -> None:
     Trainer(objective, Team("cpu"), 0, "make", 30, 4).run()
     assert before[0] == pytest.approx(before[1], abs=0.1)
     assert filled()[0] > 0.7 and filled()[1] < 0.25
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny random pipeline shaped as Stable Diffusion."""
-    place = Path(__file__).parents[1] / "image" / "tiny.py"
-    spec = importlib.util.spec_from_file_location("tiny", place)
-    assert spec and spec.loader
-    tiny: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tiny)
-    return Path(tiny.build("sd15", tmp_path_factory.mktemp("pipelines")))
 
 
 def test_a_pipeline_makes_a_scene_of_its_latents_and_then_of_colours(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import solid
 import torch
 import trimesh
 from torch import Tensor
@@ -24,10 +25,6 @@ from limbeck.domains.threed.scene import seen
 installed = pytest.mark.skipif(
     importlib.util.find_spec("nerfstudio") is None, reason="needs requirements/nerfstudio.txt"
 )
-spec = importlib.util.spec_from_file_location("threed_solid", Path(__file__).with_name("solid.py"))
-assert spec and spec.loader
-solid: Any = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(solid)
 
 SMALL = {"levels": 3, "entries": 12, "finest": 20, "hidden": 24, "samples": 10, "proposal": 10}
 

@@ -1,6 +1,5 @@
 """Maps of normals: a bumpy ball with few faces is shaded like the fine one, as a reader of the file decodes it."""
 
-import importlib.util
 import json
 import struct
 from dataclasses import replace
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import solid
 import torch
 import trimesh
 from torch import Tensor
@@ -19,11 +19,6 @@ from limbeck.domains.threed.cameras import orbit
 from limbeck.domains.threed.config import Files
 from limbeck.domains.threed.raster import look
 from limbeck.domains.threed.shape import Mesh
-
-spec = importlib.util.spec_from_file_location("threed_solid", Path(__file__).with_name("solid.py"))
-assert spec and spec.loader
-solid: Any = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(solid)
 
 LIGHT = np.array([0.5, 0.6, 0.62])
 Array = np.ndarray

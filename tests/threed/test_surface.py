@@ -1,12 +1,11 @@
 """Surfaces of scenes whose shape is known: where they lie, what is swept away, and what an empty scene says."""
 
-import importlib.util
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import solid
 import torch
 
 from limbeck.core.run.errors import BadInput
@@ -14,11 +13,6 @@ from limbeck.domains.threed import raster, shape, surface
 from limbeck.domains.threed.cameras import ring
 from limbeck.domains.threed.config import Files
 from limbeck.domains.threed.shape import Mesh
-
-spec = importlib.util.spec_from_file_location("threed_solid", Path(__file__).with_name("solid.py"))
-assert spec and spec.loader
-solid: Any = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(solid)
 
 SMALL = Files(resolution=48, faces=3000)
 BALL = 4 / 3 * math.pi * 0.6**3

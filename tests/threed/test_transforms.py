@@ -1,6 +1,5 @@
 """transforms.json: cameras and pictures there and back, lenses unlike ours, bad files, and a scene fitted to one."""
 
-import importlib.util
 import json
 import math
 from dataclasses import replace
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import solid
 import torch
 from PIL import Image
 from torch import Tensor
@@ -21,11 +21,6 @@ from limbeck.core.run.recipe import load
 from limbeck.domains.threed import known, transforms
 from limbeck.domains.threed.cameras import Cameras, ring
 from limbeck.domains.threed.known import Known
-
-spec = importlib.util.spec_from_file_location("threed_solid", Path(__file__).with_name("solid.py"))
-assert spec and spec.loader
-solid: Any = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(solid)
 
 ALONE = [
     "teacher.size=16",

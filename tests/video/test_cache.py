@@ -1,11 +1,11 @@
 """States and latents kept on disk: made once, the same to the last bit, made again where a file is damaged."""
 
-import importlib.util
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny_videos
 import torch
 from torch import Tensor, nn
 
@@ -212,12 +212,8 @@ def test_prompts_are_read_once_and_alone() -> None:
 
 
 def test_a_pipeline_reads_each_prompt_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("tiny_videos", Path(__file__).with_name("tiny.py"))
-    assert spec and spec.loader
-    tiny = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tiny)
     with torch.random.fork_rng():
-        pipe = tiny.cogvideox()
+        pipe = tiny_videos.cogvideox()
     pipe.text_encoder.eval()
     family, options = pipelines.KNOWN[type(pipe).__name__], Options((16, 32), 6.0)
     prompts, read = ["a red fish", "", "a fish"], lambda: reader(pipe, family, options)

@@ -1,6 +1,5 @@
 """Real video pipelines: our teacher draws the very clips that the family's own diffusers pipeline draws."""
 
-import importlib.util
 import json
 import logging
 import shutil
@@ -16,6 +15,7 @@ from diffusers import AnimateDiffPipeline, DDIMScheduler, DiffusionPipeline, Mot
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_pictures import stirred
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
@@ -47,12 +47,10 @@ Opened = Callable[[str], PipelineModel]
 
 @pytest.fixture(scope="module")
 def tiny() -> Any:
-    """The module tests/video/tiny.py."""
-    spec = importlib.util.spec_from_file_location("tiny_videos", Path(__file__).with_name("tiny.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The module tiny_videos."""
+    import tiny_videos
+
+    return tiny_videos
 
 
 @pytest.fixture(scope="module")
@@ -107,15 +105,6 @@ def our_clips(
     sampler = ManyStep(model, denoiser or model.denoiser, steps, guidance)
     x = sampler.sample(noise, model.encode(PROMPTS) | cond).x
     return (model.codec.decode(x) / 2 + 0.5).clamp(0, 1).transpose(1, 2)
-
-
-def stirred(patch: Patched) -> Patched:
-    """B away from zero, so that the patch shows."""
-    gen = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for up in patch.lora.up.values():
-            up.weight.copy_(0.15 * torch.randn(up.weight.shape, generator=gen))
-    return patch
 
 
 @pytest.mark.parametrize("family", VARIANTS)

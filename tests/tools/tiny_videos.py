@@ -1,27 +1,15 @@
 """Builders of tiny random video pipelines, saved to disk in the layout of the real families (offline)."""
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tiny_pictures as images
 import torch
 
 FAMILIES = ("animatediff", "modelscope", "wan", "ltx", "cogvideox", "hunyuanvideo")
 FRAMES = {"animatediff": 3, "modelscope": 3, "cogvideox": 9}  # the others: 5
 SIZES = {"animatediff": (8, 16), "modelscope": (8, 16), "wan": (16, 32), "ltx": (32, 32)}  # the others: (16, 32)
-
-
-def _pictures() -> Any:
-    """The module tests/image/tiny.py: its tokenizers, text encoders and autoencoder serve here too."""
-    spec = importlib.util.spec_from_file_location("tiny_images", Path(__file__).parents[1] / "image" / "tiny.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-images = _pictures()
 
 
 def animatediff(motion: bool = True) -> Any:
@@ -180,13 +168,6 @@ BUILDERS: dict[str, Callable[[], Any]] = {
 }
 
 
-def build(family: str, folder: Path, seed: int = 0) -> Path:
+def build(family: str, folder: Path) -> Path:
     """Save the tiny pipeline of `family` under `folder` (built once) and return its path."""
-    target = Path(folder) / family
-    if not (target / "model_index.json").exists():
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            pipe = BUILDERS[family]()
-        images.liven(pipe, torch.Generator().manual_seed(seed))
-        pipe.save_pretrained(target, safe_serialization=True)
-    return target
+    return images.build(family, folder, builders=BUILDERS)

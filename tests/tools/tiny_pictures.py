@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -261,13 +261,22 @@ def liven(pipe: Any, gen: torch.Generator) -> None:
                 weight.data = 1.3 * torch.randn(weight.shape, generator=gen) / fan
 
 
-def build(family: str, folder: Path, seed: int = 0) -> Path:
+def stirred(patch: Any) -> Any:
+    """A LoRA with B away from zero, so that the patch shows."""
+    gen = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for up in patch.lora.up.values():
+            up.weight.copy_(0.15 * torch.randn(up.weight.shape, generator=gen))
+    return patch
+
+
+def build(family: str, folder: Path, seed: int = 0, builders: Mapping[str, Callable[[], Any]] | None = None) -> Path:
     """Save the tiny pipeline of `family` under `folder` (built once) and return its path."""
     target = Path(folder) / family
     if not (target / "model_index.json").exists():
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            pipe = BUILDERS[family]()
+            pipe = (builders or BUILDERS)[family]()
         liven(pipe, torch.Generator().manual_seed(seed))
         pipe.save_pretrained(target, safe_serialization=True)
     return target
