@@ -5,8 +5,7 @@ Legend: b pairs of this process, *S sample shape; winners and losers go through 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from limbeck.core.rewards.pairs import Pairs
 from limbeck.core.run.build import Build
 from limbeck.core.run.context import Context
 from limbeck.core.run.errors import BadInput
-from limbeck.core.run.players import Phase, Player
+from limbeck.core.run.players import Player, Single
 
 Terms = dict[str, Tensor]
 
@@ -34,25 +33,20 @@ def twice(x: Tensor) -> Tensor:
 
 
 @dataclass
-class DiffusionDpo:
+class DiffusionDpo(Single):
     """One phase on fresh pairs; the teacher, frozen, is the reference. Ties are never drawn."""
 
     source: Source
     denoiser: Denoiser
     config: settings.DiffusionDpo
     player: Player
-    players: dict[str, Player] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.players = {self.player.name: self.player}
+        super().__init__(self.player)
         self.times = law(self.config.time, self.config.t_group)
         self._error = Denoising(space=self.config.space)
 
-    def phases(self, ctx: Context) -> Iterator[Phase]:
-        """The loss of one batch of pairs."""
-        yield Phase((self.player.name,), lambda: self._terms(ctx))
-
-    def _terms(self, ctx: Context) -> Terms:
+    def terms(self, ctx: Context) -> Terms:
         """The loss, and both errors apart: at a large beta both may grow together while their gap widens."""
         both, cond, strength = ctx.once("dpo.pairs", lambda: self._drawn(ctx))
         t = twice(draw_t(ctx, "dpo", self.times, self.denoiser.process))
@@ -84,13 +78,6 @@ class DiffusionDpo:
                 "give both one size"
             )
         return both, repeat_rows(model.encode(found.prompts), 2), found.strength.to(both)
-
-    def state(self) -> dict[str, Tensor]:
-        """Nothing beside the player."""
-        return {}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Nothing to bring back."""
 
 
 def build_dpo(config: settings.DiffusionDpo, build: Build) -> DiffusionDpo:

@@ -1,7 +1,5 @@
 """Denoising regression: teachers, critics and fine-tuning. Legend: B batch, *S sample dims."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +12,7 @@ from limbeck.core.distillation.source import Source, plain
 from limbeck.core.run.build import Build
 from limbeck.core.run.context import Context
 from limbeck.core.run.errors import BadInput
-from limbeck.core.run.players import Phase, Player
+from limbeck.core.run.players import Player, Single
 
 
 def draw_t(ctx: Context, name: str, times: Law, process: Process) -> Tensor:
@@ -112,27 +110,16 @@ class Regression:
         return errors(self.denoiser.predict(x_t, t, cond), x0, eps, self.config)
 
 
-class DenoisingObjective:
+class DenoisingObjective(Single):
     """Trains a denoiser on data: teachers, fine-tuning."""
 
     def __init__(self, name: str, source: Source, regression: Regression, player: Player) -> None:
-        self.name, self.source, self.regression, self.player = name, source, regression, player
-        self.players = {player.name: player}
+        super().__init__(player)
+        self.name, self.source, self.regression = name, source, regression
 
-    def phases(self, ctx: Context) -> Iterator[Phase]:
-        """One phase: the regression on a fresh batch of data."""
-        yield Phase((self.player.name,), lambda: self._terms(ctx))
-
-    def _terms(self, ctx: Context) -> dict[str, Tensor]:
+    def terms(self, ctx: Context) -> dict[str, Tensor]:
         x0, cond = self.source.real(ctx)
         return {"denoising": self.regression.loss(ctx, self.name, x0, cond)}
-
-    def state(self) -> dict[str, Tensor]:
-        """Nothing beside the player."""
-        return {}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Nothing to bring back."""
 
 
 def build(config: settings.Denoising, build: Build) -> DenoisingObjective:

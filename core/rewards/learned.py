@@ -5,8 +5,7 @@ A scorer is any module (x [B,*S], cond) -> [B] or, one column an axis, [B,R]. Le
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from limbeck.core.rewards.pairs import Pairs
 from limbeck.core.run.build import Build
 from limbeck.core.run.context import Context
 from limbeck.core.run.errors import BadInput, clean, did_you_mean
-from limbeck.core.run.players import Phase, Player
+from limbeck.core.run.players import Player, Single
 from limbeck.core.run.rng import generator
 
 
@@ -109,23 +108,18 @@ def draws_of(count: int, members: int, seed: int) -> Tensor:
 
 
 @dataclass
-class BradleyTerry:
+class BradleyTerry(Single):
     """One phase on fresh pairs. Members share a batch; each weighs its pairs by its own bootstrap of the whole file."""
 
     model: Scorers
     data: Any
     player: Player
     weights: Tensor | None = None  # [M,N]
-    players: dict[str, Player] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.players = {self.player.name: self.player}
+        super().__init__(self.player)
 
-    def phases(self, ctx: Context) -> Iterator[Phase]:
-        """All members in one backward."""
-        yield Phase((self.player.name,), lambda: self._terms(ctx))
-
-    def _terms(self, ctx: Context) -> dict[str, Tensor]:
+    def terms(self, ctx: Context) -> dict[str, Tensor]:
         gen, rows = ctx.draws.gen("data.pairs"), ctx.draws.rows
         pairs: Pairs = ctx.once("bradley-terry.pairs", lambda: self.data.pairs(ctx.global_batch, gen, rows))
         strength, tie = pairs.strength.to(ctx.device), pairs.tie.to(ctx.device)
@@ -135,13 +129,6 @@ class BradleyTerry:
             loss = loss * self.weights[:, pairs.index].to(loss)
         right = torch.where(tie, 0.5, (gap.detach() > 0).double()).mean()
         return {"bradley_terry": loss.mean(1).sum(), "_agreed": right}  # the sum: no member slows another down
-
-    def state(self) -> dict[str, Tensor]:
-        """Nothing beside the player."""
-        return {}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Nothing to bring back."""
 
 
 def build(config: settings.BradleyTerry, build: Build) -> BradleyTerry:

@@ -158,6 +158,28 @@ class Objective(Protocol):
         """Bring them back."""
 
 
+class Single:
+    """An objective of one player and one phase that keeps nothing else between steps: a subclass gives `terms`."""
+
+    def __init__(self, player: Player) -> None:
+        self.player, self.players = player, {player.name: player}
+
+    def terms(self, ctx: Context) -> dict[str, Tensor]:
+        """The phase's terms, as in `Phase.loss`."""
+        raise NotImplementedError
+
+    def phases(self, ctx: Context) -> Iterator[Phase]:
+        """The one phase."""
+        yield Phase((self.player.name,), lambda: self.terms(ctx))
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing beside the player."""
+        return {}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Nothing to bring back."""
+
+
 def compose(objectives: list[Objective], weights: list[Scheduled]) -> Objective:
     """Several weighted losses as one objective; one loss of weight 1 is returned as it is."""
     plain = len(objectives) == 1 and weights[0] == 1.0

@@ -19,7 +19,7 @@ from limbeck.core.pictures import sheet, to_pictures
 from limbeck.core.run.build import Batch, Build
 from limbeck.core.run.context import Context
 from limbeck.core.run.errors import BadInput
-from limbeck.core.run.players import Phase, Player
+from limbeck.core.run.players import Player, Single
 from limbeck.core.run.rng import generator
 from limbeck.domains.image import config as settings
 from limbeck.domains.image import towers
@@ -109,7 +109,7 @@ def tower(config: settings.Tower, build: Build) -> towers.Tower:
     return made.to(build.device)
 
 
-class Contrastive:
+class Contrastive(Single):
     """Cross-entropy of each picture's own caption among all captions that are trained on.
 
     Radford et al. 2021, section 2.3, the half that classifies pictures. Deviations: the text side is frozen, so that
@@ -118,16 +118,12 @@ class Contrastive:
     """
 
     def __init__(self, net: towers.Tower, pictures: SeenPictures, config: settings.Contrastive, player: Player) -> None:
-        self.net, self.data, self.config, self.player = net, pictures, config, player
-        self.players = {player.name: player}
+        super().__init__(player)
+        self.net, self.data, self.config = net, pictures, config
         self.index = {name: i for i, name in enumerate(pictures.names)}
         self.targets = leaning(net, pictures.names, pictures.keywords, config.keywords)
 
-    def phases(self, ctx: Context) -> Iterator[Phase]:
-        """One phase."""
-        yield Phase((self.player.name,), lambda: self._terms(ctx))
-
-    def _terms(self, ctx: Context) -> dict[str, Tensor]:
+    def terms(self, ctx: Context) -> dict[str, Tensor]:
         drawn = self.data.batch(ctx.global_batch, ctx.draws.gen("data.batch"), ctx.draws.rows)
         assert drawn.x is not None
         with torch.no_grad():
@@ -138,13 +134,6 @@ class Contrastive:
         own = torch.tensor([self.index[name] for name in drawn.prompts], device=ctx.device)
         first = (logits.argmax(-1) == own).float().mean()
         return {"contrastive": F.cross_entropy(logits, own), "_first": first.detach()}
-
-    def state(self) -> dict[str, Tensor]:
-        """Nothing beside the player: the fixed numbers follow from the seed."""
-        return {}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Nothing to bring back."""
 
 
 def leaning(net: towers.Tower, names: list[str], keywords: list[list[str]], weight: float) -> Tensor:

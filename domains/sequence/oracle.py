@@ -5,8 +5,8 @@ Legend: M members of an ensemble, N sequences, b rows of this process, L length,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from limbeck.core.rewards.learned import Scorers, draws_of, scorers
 from limbeck.core.run.build import Build
 from limbeck.core.run.context import Context
 from limbeck.core.run.errors import BadInput, clean, did_you_mean
-from limbeck.core.run.players import Phase, Player
+from limbeck.core.run.players import Player, Single
 from limbeck.core.run.rng import generator
 from limbeck.domains.sequence import config as settings
 from limbeck.domains.sequence import tokens
@@ -54,7 +54,7 @@ def loss(task: str, raw: Tensor, y: Tensor) -> Tensor:
 
 
 @dataclass
-class Fitting:
+class Fitting(Single):
     """One phase on fresh rows; members share a batch and weigh it by their own bootstrap of the whole data."""
 
     config: settings.Fit
@@ -63,14 +63,9 @@ class Fitting:
     size: int
     player: Player
     weights: Tensor | None  # [M,N]
-    players: dict[str, Player] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.players = {self.player.name: self.player}
-
-    def phases(self, ctx: Context) -> Iterator[Phase]:
-        """All members in one backward."""
-        yield Phase((self.player.name,), lambda: self.terms(ctx))
+        super().__init__(self.player)
 
     def terms(self, ctx: Context) -> dict[str, Tensor]:
         """The sum over members, so that none slows another down."""
@@ -85,13 +80,6 @@ class Fitting:
         y = ((self.data.y[index] - centre) / scale).to(device)
         found = loss(self.config.task, torch.stack([read(member, x, gen) for member in self.model.members]), y)
         return (found if self.weights is None else found * self.weights[:, index].to(found)).mean(1).sum()
-
-    def state(self) -> dict[str, Tensor]:
-        """Nothing beside the player."""
-        return {}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Nothing to bring back."""
 
 
 def moments(task: str, y: Tensor) -> tuple[float, float]:

@@ -6,8 +6,6 @@ Legend: V views, H and W pixels, C latent channels, P points, M faces, K sides o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from limbeck.core.distillation.source import Source, plain
 from limbeck.core.run.build import Build
 from limbeck.core.run.context import Context
 from limbeck.core.run.errors import BadInput
-from limbeck.core.run.players import Phase, Player
+from limbeck.core.run.players import Player, Single
 from limbeck.core.run.rng import generator
 from limbeck.domains.threed import config as settings
 from limbeck.domains.threed import textured
@@ -271,17 +269,12 @@ def sketched(density: Tensor, inside: Tensor, weight: Tensor, length: float) -> 
     return -(weight * (filled * sure.log() + (1 - filled) * (1 - sure).log())).mean()
 
 
-class Sketch:
+class Sketch(Single):
     """The loss `threed.sketch`: each step asks the scene at some of the guide's places."""
 
     def __init__(self, source: Source, config: settings.Sketch, player: Player, guide: Guide) -> None:
+        super().__init__(player)
         self.source, self.config, self.guide = source, config, guide
-        self.players = {player.name: player}
-        self._player = player.name
-
-    def phases(self, ctx: Context) -> Iterator[Phase]:
-        """One phase of the student."""
-        yield Phase((self._player,), partial(self.terms, ctx))
 
     def terms(self, ctx: Context) -> dict[str, Tensor]:
         """The loss at this step's places."""
@@ -290,13 +283,6 @@ class Sketch:
         some = torch.randint(POOL, (self.config.points,), generator=ctx.draws.gen("threed.sketch"))
         points, inside, weight = (x[some].to(like(scene)) for x in vars(self.guide).values())
         return {"sketch": sketched(scene.field(points)[0], inside, weight, self.config.length)}
-
-    def state(self) -> dict[str, Tensor]:
-        """Nothing: all is with the student."""
-        return {}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Nothing to bring back."""
 
 
 def sketch(config: settings.Sketch, build: Build) -> Sketch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from limbeck.core.distillation.source import Source, plain
 from limbeck.core.run.build import Build
 from limbeck.core.run.context import Context
 from limbeck.core.run.errors import BadInput
-from limbeck.core.run.players import Phase, Player
+from limbeck.core.run.players import Player, Single
 from limbeck.domains.threed import config as settings
 from limbeck.domains.threed import known, space, transforms
 from limbeck.domains.threed.known import Known
@@ -29,20 +28,15 @@ def split(config: settings.Photos) -> tuple[Known, Known]:
     return learn, held
 
 
-class Photos:
+class Photos(Single):
     """The loss `threed.photos`: squared differences from pictures, summed over a picture, mean over views (NeRF).
 
     What pictures have no opacity for shows the same drawn colour in both, so that white matter is not taken for none.
     """
 
     def __init__(self, source: Source, player: Player, pictures: Known) -> None:
+        super().__init__(player)
         self.source, self.pictures = source, pictures
-        self.players = {player.name: player}
-        self._player = player.name
-
-    def phases(self, ctx: Context) -> Iterator[Phase]:
-        """One phase of the student."""
-        yield Phase((self._player,), partial(self.terms, ctx))
 
     def terms(self, ctx: Context) -> dict[str, Tensor]:
         """The loss at this step's pictures."""
@@ -58,13 +52,6 @@ class Photos:
         wanted = image + (1 - alpha) * (ground[:, :, None, None] - 1)
         found = scene.render(cameras, ground, jitter).image
         return {"photos": (found - wanted).square().sum() / ctx.batch}
-
-    def state(self) -> dict[str, Tensor]:
-        """Nothing: all is with the student."""
-        return {}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Nothing to bring back."""
 
 
 def build(config: settings.LikePhotos, build: Build) -> Photos:

@@ -7,8 +7,7 @@ R rays, S samples along a ray, H and W pixels, N splats, F features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from limbeck.core.distillation.source import Source, plain
 from limbeck.core.run.build import Build
 from limbeck.core.run.context import Context
 from limbeck.core.run.errors import BadInput
-from limbeck.core.run.players import Phase, Player
+from limbeck.core.run.players import Player, Single
 from limbeck.domains.threed import config as settings
 
 SURE = 1e-3  # opacities nearer to 0 or 1 count as this far away
@@ -124,17 +123,12 @@ TERMS: dict[str, Term] = {
 }
 
 
-class Regular:
+class Regular(Single):
     """Weighted terms on the sample that the step's other losses see; a term of weight 0 is not computed."""
 
     def __init__(self, source: Source, config: settings.Regular, player: Player) -> None:
+        super().__init__(player)
         self.source, self.config = source, config
-        self.players = {player.name: player}
-        self._player = player.name
-
-    def phases(self, ctx: Context) -> Iterator[Phase]:
-        """One phase of the student."""
-        yield Phase((self._player,), partial(self.terms, ctx))
 
     def terms(self, ctx: Context) -> dict[str, Tensor]:
         """The weighted terms of this step by name; all weights being 0, a zero that has a gradient."""
@@ -153,14 +147,7 @@ class Regular:
         (slope,) = torch.autograd.grad(total, aux["screen"], retain_graph=True, allow_unused=True)
         if slope is not None:
             others: list[Tensor] = ctx.once("threed.other_screen", list)
-            others.append(slope)
-
-    def state(self) -> dict[str, Tensor]:
-        """Nothing: all is with the student."""
-        return {}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Nothing to bring back."""
+            others.append(slope / len(ctx.parts))  # of the mean over parts, as the whole one is
 
 
 def build(config: settings.Regular, build: Build) -> Regular:
