@@ -250,14 +250,20 @@ def test_statistics_are_means_over_views_in_units_of_the_picture() -> None:
 REGULAR = {"kind": "threed.regular", "optim": OPTIM, "weight": 3.0, "opacity": 50.0}
 
 
-def first_pull(*losses: dict) -> Tensor:
+def first_pull(*losses: dict, parts: int = 1) -> Tensor:
     run = trainer(control(every=50, start=50), *losses)
+    run.parts = parts
     run.one_step()
     return controls(run).pulls[0].mean()
 
 
 def test_regularisers_do_not_count() -> None:
     assert torch.allclose(first_pull(REGULAR), first_pull(), rtol=1e-3, atol=1e-3 * float(first_pull().max()))
+
+
+def test_a_batch_in_parts_pulls_as_the_whole_one() -> None:
+    whole = first_pull(REGULAR)
+    assert torch.allclose(first_pull(REGULAR, parts=2), whole, rtol=1e-3, atol=1e-3 * float(whole.max()))
 
 
 def test_fault_regularisers_that_count(monkeypatch: pytest.MonkeyPatch) -> None:
