@@ -39,8 +39,8 @@ def janus(image: Tensor, truth: Known) -> float | None:
     """The share of views from behind that look more like the true view from the other side: 0 one face, 1 two.
 
     image [V,3,H,W] is what the known object's cameras see. A face on the back may be turned round or mirrored, so the
-    true front counts as it is and flipped. None where the object looks alike from both sides (ALIKE). It accuses few
-    wrongly and misses some: with views a few degrees off, .03 of the 36 embedded objects and .69 with a second face.
+    true front counts as it is and flipped. None where the object looks alike from both sides (ALIKE). It hardly accuses
+    wrongly, and misses second faces of objects whose sides differ little: tables, crates, pots.
     """
     found = []
     for back, front in opposites(truth.cameras):
